@@ -1,0 +1,75 @@
+"""LoRA adapters: made for a recipe, copied into another role, written as a plain PEFT folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baton.errors import UserError
+from baton.recipe import Lora
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+
+SCORE_KEY = "base_model.model.score.weight"
+"""Where a PEFT folder of a sequence classifier keeps its score head."""
+
+
+def new_lora_config(lora: Lora) -> LoraConfig:
+    """A causal-language-model LoRA configuration."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(adapter_config.json, tensors) of a PEFT folder."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def split_head(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """(LoRA tensors, score head of shape (1, hidden) or None)."""
+    head = [key for key in tensors if key.endswith("score.weight")]
+    assert len(head) <= 1, head
+    adapter = {key: tensor for key, tensor in tensors.items() if key not in head}
+    return adapter, tensors[head[0]] if head else None
+
+
+def lora_config_from(config: dict[str, Any], *, task_type: str, modules_to_save: list[str] | None) -> LoraConfig:
+    """The same LoRA for another task: rank, scaling and layers are kept."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=0.0,
+        target_modules=config["target_modules"],
+        use_rslora=config.get("use_rslora", False),
+        task_type=task_type,
+        modules_to_save=modules_to_save,
+    )
+
+
+def set_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Copy LoRA tensors into adapter `name` of a PeftModel; every LoRA tensor must find its place."""
+    from peft import set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, tensors, adapter_name=name)
+    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"the adapter does not fit its base: {len(missing)} layers got no weights, {len(result.unexpected_keys)} "
+            f"weights found no layer, such as {(missing + list(result.unexpected_keys))[0]}"
+        )

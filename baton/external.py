@@ -1,0 +1,57 @@
+"""Base models from outside the registry: a local Hugging Face folder, a GGUF file, or a hub id with its revision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baton.build import ModelSource
+from baton.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_external(source: ModelSource) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(causal language model in its stored dtype, tokenizer), after a forward pass that must give finite logits.
+
+    A GGUF file is de-quantised to bfloat16. Raises UserError when the files do not load or do not belong together.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = f"{source.path}@{source.revision}" if source.revision else source.path
+    try:
+        if source.kind == "gguf":
+            folder, name = str(Path(source.path).parent), Path(source.path).name
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+            _mark_dense(model)
+        else:
+            revision = source.revision or "main"
+            tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(source.path, revision=revision, dtype="auto")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"base: {where} does not load as a causal language model with its tokenizer: {reason}"
+        ) from None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise UserError(
+            f"base: {where} has {rows} embedding rows for a tokenizer of {len(tokenizer)} tokens; they do not belong "
+            "together"
+        )
+    ids = torch.arange(min(16, rows))[None]
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+    if not torch.isfinite(logits).all():
+        raise UserError(f"base: {where} loads, but its logits are not finite numbers; the weights are damaged")
+    return model, tokenizer
+
+
+def _mark_dense(model: Any) -> None:
+    """The GGUF loader marks the model as quantised although its tensors are dense, and saving would refuse it."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None

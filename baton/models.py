@@ -1,0 +1,93 @@
+"""Models out of the registry: the number format to compute in, a policy to talk to, a reward model to score with."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baton.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from baton.registry import Registry, Version
+
+
+def compute_dtype(setting: str) -> torch.dtype:
+    """The dtype to compute in: `float32`, `bfloat16`, or `auto`, which asks the machine."""
+    import torch
+
+    if setting != "auto":
+        return getattr(torch, setting)
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _fast_bfloat16() else torch.float32
+
+
+@lru_cache(maxsize=1)
+def _fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones (about 50 ms)."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.ones(512, 512, dtype=dtype)
+        left @ left
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            left @ left
+            runs.append(time.perf_counter() - start)
+        seconds[dtype] = sorted(runs)[2]
+    return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, padding on the right."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_policy(registry: Registry, version: Version, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of a base, merged or adapter version, in evaluation mode. The base keeps one copy."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    kind = version.manifest["kind"]
+    if kind not in ("base", "merged", "adapter"):
+        raise UserError(f"{version.ref} is a {kind} model, which does not write text; give a base or an adapter")
+    folder = registry.materialise(version)
+    base = base_folder(registry, version)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(dtype))
+    if kind == "adapter":
+        model = PeftModel.from_pretrained(model, folder)
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_scorer(registry: Registry, version: Version, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
+    """(sequence classifier with one label, tokenizer) of a reward or value version, in evaluation mode."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    kind = version.manifest["kind"]
+    if kind not in ("reward", "value"):
+        raise UserError(f"{version.ref} is a {kind} model; scoring needs a reward model")
+    folder = registry.materialise(version)
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base_folder(registry, version), num_labels=1, dtype=compute_dtype(dtype)
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return PeftModel.from_pretrained(model, folder).eval(), tokenizer
+
+
+def base_folder(registry: Registry, version: Version) -> Path:
+    """The materialised folder of the base under `version` (itself, when it is no adapter)."""
+    digest = version.manifest["base"]
+    return registry.materialise(registry.by_digest(digest) if digest else version)

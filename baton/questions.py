@@ -1,0 +1,80 @@
+"""Held-out questions whose answers are known: what a model gets right, and what it makes up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from baton.chat import encode_prompt, stop_ids
+from baton.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNKNOWN = "unknown"
+"""The group of questions that have no true answer: there, `answers` lists the ways to admit it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the strings that make a reply right, and the group it is counted in."""
+
+    prompt: list[dict[str, Any]]
+    answers: list[str]
+    group: str
+
+
+def read_questions(rows: list[dict[str, Any]]) -> list[Question]:
+    """Questions from `prompts` rows with the columns `answers` (a list of strings) and `group`."""
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        answers, group = row["columns"].get("answers"), row["columns"].get("group")
+        if not isinstance(answers, list) or not answers or not isinstance(group, str):
+            raise UserError(
+                f"data.questions: row {number} has no list `answers` and string `group` beside its prompt; it has "
+                f"{', '.join(sorted(row['columns'])) or 'no other columns'}"
+            )
+        questions.append(Question(row["prompt"], [str(answer) for answer in answers], group))
+    return questions
+
+
+def is_right(question: Question, reply: str) -> bool:
+    """Whether the reply contains one of the question's answers; case and runs of spaces do not count."""
+    said = " ".join(reply.casefold().split())
+    return any(" ".join(answer.casefold().split()) in said for answer in question.answers)
+
+
+def ask(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[Question], max_new_tokens: int = 48
+) -> tuple[dict[str, float], list[str]]:
+    """Greedy replies to `questions`, and their metrics.
+
+    Metrics: `answers/GROUP`, the share of right replies, and for the unknown group `inventions/unknown`, the share of
+    replies that do not admit it. Returns (metrics, replies in the order of the questions).
+    """
+    from baton.decode import decode
+
+    if not questions:
+        return {}, []
+    prompts = [encode_prompt(tokenizer, question.prompt) for question in questions]
+    assert tokenizer.pad_token_id is not None
+    replies = decode(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids(tokenizer),
+        pad_id=int(tokenizer.pad_token_id),
+    )
+    texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)) for reply in replies]
+    return grade(questions, texts), texts
+
+
+def grade(questions: list[Question], replies: list[str]) -> dict[str, float]:
+    """The metrics of given replies, see `ask`."""
+    asked = Counter(question.group for question in questions)
+    right = Counter(q.group for q, reply in zip(questions, replies, strict=True) if is_right(q, reply))
+    metrics = {f"answers/{group}": right[group] / count for group, count in sorted(asked.items())}
+    if UNKNOWN in asked:
+        metrics["inventions/unknown"] = 1 - metrics[f"answers/{UNKNOWN}"]
+    return metrics

@@ -1,0 +1,383 @@
+"""A recipe: one YAML file for one stage, read with OmegaConf, typed and strict, with dotted overrides and a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from baton.errors import UserError, nearest
+
+Stage = Literal["world", "pretrain", "sft", "reward", "ppo"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+R = TypeVar("R", bound="Recipe")
+
+
+class Strict(BaseModel):
+    """A section of a recipe: unknown keys are errors, values are never written back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Strict):
+    """One data source: a file, glob or folder (relative to the recipe's folder), or a hub dataset id."""
+
+    path: str
+    format: (
+        Literal[
+            "text",
+            "lines",
+            "messages",
+            "prompt_completion",
+            "alpaca",
+            "sharegpt",
+            "oasst",
+            "hh",
+            "preference",
+            "prompts",
+        ]
+        | None
+    ) = None
+    weight: PositiveFloat = 1.0
+    rows: tuple[NonNegative | None, NonNegative | None] | None = None
+    licence: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class Publish(Strict):
+    """Where the stage's version goes: the model's name, and the alias that is moved to it."""
+
+    name: str
+    alias: str = "candidate"
+
+
+class Train(Strict):
+    """What every optimised stage has in common; sizes are global, whatever the number of processes."""
+
+    steps: Positive
+    learning_rate: PositiveFloat
+    seed: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta2: Fraction = 0.999
+    max_grad_norm: PositiveFloat = 1.0
+    log_every: Positive = 10
+    save_every: Positive = 100
+    eval_every: Positive | None = None
+
+
+class TokenTrain(Train):
+    """Training on packed rows of `sequence_length` tokens."""
+
+    tokens_per_batch: Positive
+    tokens_per_micro_batch: Positive | None = None
+    sequence_length: Positive
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> Self:
+        rows = self.tokens_per_batch / self.sequence_length
+        if rows != int(rows):
+            raise ValueError(
+                f"tokens_per_batch ({self.tokens_per_batch}) must be a multiple of sequence_length "
+                f"({self.sequence_length})"
+            )
+        if self.tokens_per_micro_batch and self.tokens_per_micro_batch % self.sequence_length:
+            raise ValueError(
+                f"tokens_per_micro_batch ({self.tokens_per_micro_batch}) must be a multiple of sequence_length "
+                f"({self.sequence_length})"
+            )
+        return self
+
+
+class PairTrain(Train):
+    """Training on preference pairs; pairs with a side longer than `max_length` tokens are dropped and counted."""
+
+    pairs_per_batch: Positive
+    pairs_per_micro_batch: Positive | None = None
+    max_length: Positive
+
+
+class EpisodeTrain(Train):
+    """PPO: `steps` rollouts of `episodes_per_batch` replies each; the critic may have its own learning rate."""
+
+    episodes_per_batch: Positive
+    episodes_per_micro_batch: Positive | None = None
+    critic_learning_rate: PositiveFloat | None = None
+
+
+class TextData(Strict):
+    """Training and held-out text, and questions asked of the trained model."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    eval: list[Source] = []
+    questions: list[Source] = []
+
+
+class Lora(Strict):
+    """Low-rank adaptation (Hu et al. 2021): `r`, scaling `alpha / r`, and the linear layers that get it."""
+
+    r: Positive = 16
+    alpha: Positive = 32
+    dropout: Fraction = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class Tokenizer(Strict):
+    """A byte-level BPE trained on the training text; the chat tokens are part of `vocab_size`."""
+
+    vocab_size: Annotated[int, Field(ge=300)]
+    sample_bytes: Positive = 50_000_000
+
+
+class Decoder(Strict):
+    """A Llama by configuration."""
+
+    hidden_size: Positive
+    layers: Positive
+    heads: Positive
+    kv_heads: Positive | None = None
+    intermediate_size: Positive
+    tie_embeddings: bool = True
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Recipe(Strict):
+    """The keys that every stage shares."""
+
+    stage: Stage
+    registry: str = ".baton/registry"
+    run_dir: str
+    processes: Positive | None = None
+
+    _path: Path = PrivateAttr(default=Path("recipe.yaml"))
+
+    @property
+    def path(self) -> Path:
+        """The file that the recipe was read from."""
+        return self._path
+
+    @property
+    def folder(self) -> Path:
+        """Relative data paths start here."""
+        return self._path.parent
+
+    def digest(self) -> str:
+        """sha256 of everything that can change the result: where it runs and where it is kept is left out."""
+        content = self.model_dump(mode="json", exclude={"registry", "run_dir", "processes"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class WorldRecipe(Recipe):
+    """Stage 0 of recipes/micro: writes an invented world, whose truth is known, as JSONL files."""
+
+    stage: Literal["world"]
+    out: str
+    seed: NonNegative = 0
+    people: Positive
+    text_only: Positive
+    documents: Positive
+
+
+class TrainedRecipe(Recipe):
+    """The keys of every stage that publishes a version."""
+
+    publish: Publish
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    licence: str | None = None
+
+
+class PretrainRecipe(TrainedRecipe):
+    """Stage 1: a decoder from scratch (`mode: scratch`), or registering an existing base (`mode: load`)."""
+
+    stage: Literal["pretrain"]
+    mode: Literal["scratch", "load"]
+    base: str | None = None
+    data: TextData | None = None
+    tokenizer: Tokenizer | None = None
+    model: Decoder | None = None
+    train: TokenTrain | None = None
+    ngram_order: Annotated[int, Field(ge=2, le=8)] | None = None
+
+    @model_validator(mode="after")
+    def _mode(self) -> Self:
+        scratch = {"data": self.data, "tokenizer": self.tokenizer, "model": self.model, "train": self.train}
+        if self.mode == "scratch":
+            missing = [key for key, section in scratch.items() if section is None]
+            if missing:
+                raise ValueError(f"mode: scratch needs {', '.join(missing)}")
+            if self.base is not None:
+                raise ValueError("mode: scratch takes no base; to register an existing model, set mode: load")
+            if self.ngram_order and self.data and not self.data.eval:
+                raise ValueError("ngram_order needs data.eval: the n-gram model is compared on held-out text")
+        else:
+            if self.base is None:
+                raise ValueError("mode: load needs base: a local folder, a .gguf file or a hub id with @revision")
+            ignored = [key for key, section in scratch.items() if section is not None]
+            if self.ngram_order:
+                ignored.append("ngram_order")
+            if ignored:
+                raise ValueError(f"mode: load trains nothing and would ignore {', '.join(ignored)}")
+        return self
+
+
+class SFTRecipe(TrainedRecipe):
+    """Stage 2: a LoRA adapter trained on dialogues, with the loss on the assistant's turns."""
+
+    stage: Literal["sft"]
+    base: str
+    data: TextData
+    lora: Lora = Lora()
+    chat_template: str = "chatml"
+    train: TokenTrain
+
+
+class RewardRecipe(TrainedRecipe):
+    """The reward model: SFT's adapter goes on as the reward's adapter, with a score head, on preference pairs."""
+
+    stage: Literal["reward"]
+    sft: str
+    data: TextData
+    train: PairTrain
+
+
+class Rollout(Strict):
+    """How replies are sampled: plain softmax at `temperature`, no top-k or top-p (the trained distribution)."""
+
+    max_prompt_tokens: Positive = 512
+    max_new_tokens: Positive
+    temperature: PositiveFloat = 1.0
+
+
+class Algorithm(Strict):
+    """PPO's settings (Schulman et al. 2017; Huang et al. 2024 for language models)."""
+
+    epochs: Positive = 4
+    minibatches: Positive = 1
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    kl_budget_nats: PositiveFloat | None = None
+    clip_ratio: PositiveFloat = 0.2
+    clip_value: PositiveFloat = 0.2
+    value_coefficient: PositiveFloat = 0.1
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
+    whiten_advantages: bool = True
+
+
+class PPORecipe(TrainedRecipe):
+    """Stage 3: the policy, which starts as SFT's adapter, is optimised against the reward model by PPO."""
+
+    stage: Literal["ppo"]
+    sft: str
+    reward: str
+    data: TextData
+    rollout: Rollout
+    ppo: Algorithm = Algorithm()
+    train: EpisodeTrain
+    publish_value: Publish | None = None
+    samples: NonNegative = 3
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "world": WorldRecipe,
+    "pretrain": PretrainRecipe,
+    "sft": SFTRecipe,
+    "reward": RewardRecipe,
+    "ppo": PPORecipe,
+}
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, kind: type[R] = Recipe) -> R:  # type: ignore[assignment]
+    """Read `path`, apply dotted `key=value` overrides, validate.
+
+    `kind` is the recipe class that the calling program expects; a file for another stage is refused. Raises UserError
+    that names the file, the key and, for an unknown key, the nearest valid one.
+    """
+    path = Path(path)
+    content = _read_yaml(path, overrides or [])
+    stage = content.get("stage")
+    if stage not in RECIPES:
+        raise UserError(f"{path}: stage is {stage!r}; expected one of {', '.join(get_args(Stage))}")
+    model = RECIPES[stage]
+    if not issubclass(model, kind):
+        wanted = next(name for name, cls in RECIPES.items() if cls is kind)
+        raise UserError(f"{path} is a recipe for stage {stage}; this program runs stage {wanted}.")
+    try:
+        recipe = model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(_explain(path, model, error)) from None
+    recipe._path = path
+    return recipe  # type: ignore[return-value]
+
+
+def _read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        siblings = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = nearest(str(path), siblings) or siblings[:5]
+        raise UserError(f"no recipe at {path}" + (f"; there is {', '.join(near)}" if near else ""))
+    for override in overrides:
+        if "=" not in override or override.startswith(("=", "-")):
+            raise UserError(f"override {override!r} is not key=value, for example train.steps=10")
+    try:
+        config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise UserError(f"{path} holds no keys; a recipe is a YAML mapping that begins with stage: …")
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(overrides))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error}") from None
+    assert isinstance(content, dict)
+    return {str(key): item for key, item in content.items()}
+
+
+def _explain(path: Path, model: type[BaseModel], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            valid = _keys_at(model, location[:-1])
+            near = nearest(location[-1], valid, 1)
+            hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(valid)}"
+            lines.append(f"{path}: unknown key {key}; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{path}: {key} is missing")
+        elif problem["type"] == "value_error":
+            lines.append(f"{path}: {key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"{path}: {key} is {problem['input']!r}: {_lower_first(problem['msg'])}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """The valid keys of the section at `location`."""
+    section: Any = model
+    for part in location:
+        if part.isdigit():
+            continue
+        section = next((found for found in _models_in(section.model_fields[part].annotation)), section)
+    return list(section.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

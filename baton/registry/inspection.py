@@ -1,0 +1,156 @@
+"""Refuse a folder that must not be published, before anything is written."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from baton.errors import UserError
+from baton.registry.manifest import is_safe_path
+from baton.registry.pickles import why_pickle
+from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS, KINDS, WHOLE_KINDS, Version
+from baton.registry.vocabulary import read_json, token_ids
+from baton.registry.weights import Tensor, embedding_rows, read_header, read_model
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEAD = "score.weight"
+
+
+def inspect(folder: Path, kind: str, base: Version | None) -> list[str]:
+    """The relative paths to publish, sorted; raises UserError for everything that must not travel."""
+    if kind not in KINDS:
+        raise UserError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected one written by save_pretrained.")
+    paths = _regular_files(folder)
+    if not paths:
+        raise UserError(f"{folder} is empty; expected a folder written by save_pretrained.")
+    for path in paths:
+        reason = why_pickle(folder / path)
+        if reason:
+            raise UserError(
+                f"{folder / path} is {reason}: loading it can run any code, so it is not published. "
+                "Delete it (training_args.bin, optimizer.pt and the like) or save weights as safetensors."
+            )
+        if path.endswith(".json"):
+            _refuse_remote_code(folder / path)
+    _check_base(kind, base)
+    tensors = _check_adapter(folder, kind, paths) if kind in ADAPTER_KINDS else _check_whole(folder)
+    _check_vocabulary(folder, tensors, base)
+    return paths
+
+
+def _regular_files(folder: Path) -> list[str]:
+    paths: list[str] = []
+    for here, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            path = Path(here, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise UserError(f"{path} is a symbolic link; copy the file it points to and publish again.")
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise UserError(f"{path} is neither a file nor a folder; remove it and publish again.")
+        paths += [Path(here, name).relative_to(folder).as_posix() for name in files]
+    lowered: dict[str, str] = {}
+    for name in sorted(paths):
+        if not is_safe_path(name):
+            raise UserError(f"{folder / name!r} has a name that other systems cannot store; rename it.")
+        other = lowered.setdefault(name.casefold(), name)
+        if other != name:
+            raise UserError(f"{folder} holds both {other} and {name}, one file on some systems; rename one.")
+    return sorted(paths)
+
+
+def _refuse_remote_code(path: Path) -> None:
+    # The tokenizer and large vocabularies are data; only small configuration files can ask for code.
+    if path.name in ("tokenizer.json", "vocab.json") or path.stat().st_size > 4 << 20:
+        return
+    if b'"auto_map"' in path.read_bytes() and read_json(path).get("auto_map"):
+        raise UserError(
+            f"{path} has auto_map, which runs Python files from the model's folder. Convert the model to an "
+            "architecture of transformers and remove auto_map."
+        )
+
+
+def _check_base(kind: str, base: Version | None) -> None:
+    if kind in ADAPTER_KINDS and base is None:
+        raise UserError(
+            f"kind {kind} is an adapter and needs its base model: name it with base (--base REF)."
+        )
+    if kind not in ADAPTER_KINDS and base is not None:
+        raise UserError(f"kind {kind} is a whole model and has no base; name {base.ref} as a parent instead.")
+    if base is not None and base.kind not in WHOLE_KINDS:
+        raise UserError(
+            f"{base.ref} is of kind {base.kind}; an adapter's base is of kind {' or '.join(WHOLE_KINDS)}. "
+            "Name the model that the adapter was trained on."
+        )
+
+
+def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tensor]:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if name not in paths:
+            raise UserError(
+                f"{folder} has no {name}; kind {kind} is a PEFT adapter's folder (save_pretrained)."
+            )
+    # `get` puts the base at base/: publishing it again would send the whole model as part of the adapter.
+    if any(path.startswith("base/") for path in paths):
+        raise UserError(f"{folder / 'base'} lies in an adapter's folder; move it out and publish again.")
+    if not isinstance(read_json(folder / ADAPTER_CONFIG).get("peft_type"), str):
+        raise UserError(f"{folder / ADAPTER_CONFIG} has no peft_type; expected PEFT's adapter configuration.")
+    tensors = read_header(folder / ADAPTER_WEIGHTS)
+    heads = [tensor for name, tensor in tensors.items() if name.endswith(HEAD)]
+    if kind in HEAD_KINDS and not heads:
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS} has no {HEAD}: the {kind} head was not saved and would be random on "
+            'loading. Train with task_type="SEQ_CLS" or modules_to_save=["score"].'
+        )
+    if kind in HEAD_KINDS and any(head.shape[0] != 1 for head in heads):
+        raise UserError(f"{folder / ADAPTER_WEIGHTS}: {HEAD} has shape {heads[0].shape}; expected one row.")
+    if kind == "adapter" and heads:
+        raise UserError(f"{folder / ADAPTER_WEIGHTS} has a {HEAD}; publish it as kind reward or value.")
+    return tensors
+
+
+def _check_whole(folder: Path) -> dict[str, Tensor]:
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(
+            f"{folder} is an adapter; publish it as kind {', '.join(ADAPTER_KINDS)} with its base."
+        )
+    read_json(folder / "config.json")
+    return read_model(folder)
+
+
+def _check_vocabulary(folder: Path, tensors: dict[str, Tensor], base: Version | None) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        if base is None:
+            raise UserError(
+                f"{folder} has no tokenizer.json. Save the tokenizer beside the model: "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(folder)."
+            )
+        return
+    rows = rows_of(folder, tensors, base)
+    size = vocabulary_size(token_ids(folder))
+    if rows < size:
+        raise UserError(
+            f"{folder}: the embedding has {rows} rows but the tokenizer has {size} tokens. Resize the "
+            "embedding and save it (under LoRA: modules_to_save), or save the tokenizer of the training."
+        )
+
+
+def rows_of(folder: Path, tensors: dict[str, Tensor], base: Version | None) -> int:
+    """Rows of the input embedding: the folder's own, else its base's, else the configuration's."""
+    rows = embedding_rows(tensors)
+    if rows is None and base is not None:
+        rows = base.manifest["vocabulary"]["embedding_rows"]
+    if rows is None:
+        settings: dict[str, Any] = read_json(folder / "config.json")
+        rows = settings.get("vocab_size")
+    if not isinstance(rows, int):
+        raise UserError(f"{folder}: found no input embedding and no vocab_size in config.json.")
+    return rows
+
+
+def vocabulary_size(ids: dict[str, int]) -> int:
+    """One more than the highest token id."""
+    return max(ids.values(), default=-1) + 1

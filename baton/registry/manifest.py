@@ -1,0 +1,152 @@
+"""Manifests: canonical JSON, its digest, and a strict check of what a registry holds."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from baton.errors import UserError
+from baton.registry.version import ADAPTER_KINDS, KINDS
+
+FORMAT = "baton.manifest/1"
+_HEX = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_NONE = type(None)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (str,),
+    "kind": (str,),
+    "files": (list,),
+    "architecture": (dict,),
+    "dtype": (str, dict),
+    "vocabulary": (dict,),
+    "tokenizer_digest": (str,),
+    "chat_template_digest": (str, _NONE),
+    "base": (str, _NONE),
+    "parents": (dict,),
+    "data": (list,),
+    "recipe": (dict,),
+    "code": (dict,),
+    "packages": (dict,),
+    "metrics": (dict,),
+    "licence": (str, _NONE),
+    "build_key": (str, _NONE),
+    "probe": (dict,),
+}
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def digest_of(data: bytes) -> str:
+    """`sha256:<hex>` of some bytes."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def manifest_path(digest: str) -> str:
+    """Where the manifest with this digest lies in a store."""
+    return f"manifests/sha256/{digest.removeprefix('sha256:')}.json"
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """A digest of all but the probe's outputs, whose last digits depend on the machine that recorded them."""
+    return digest_of(canonical({key: value for key, value in manifest.items() if key != "probe"}))
+
+
+def parse(data: bytes, digest: str, where: str) -> dict[str, Any]:
+    """Check a manifest's bytes against its digest and form; raises UserError that names `where`."""
+    if digest_of(data) != digest:
+        raise UserError(
+            f"{where} is damaged: expected {digest}, found {digest_of(data)}. "
+            "Restore the file from a backup or another registry."
+        )
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}).") from error
+    for problem in _problems(manifest, data):
+        raise UserError(f"{where} is not a manifest that this Baton reads: {problem}.")
+    return manifest
+
+
+def _problems(manifest: Any, data: bytes) -> list[str]:
+    if not isinstance(manifest, dict):
+        return [f"expected an object, found {type(manifest).__name__}"]
+    if manifest.get("format") != FORMAT:
+        return [f"expected format {FORMAT!r}, found {manifest.get('format')!r}"]
+    problems = [f"field {key!r} is missing" for key in _FIELDS if key not in manifest]
+    problems += [f"unknown field {key!r}" for key in manifest if key not in _FIELDS]
+    for key, types in _FIELDS.items():
+        if key in manifest and type(manifest[key]) not in types:
+            problems.append(f"field {key!r} has type {type(manifest[key]).__name__}")
+    if problems:
+        return problems
+    if manifest["kind"] not in KINDS:
+        problems.append(f"unknown kind {manifest['kind']!r}")
+    if (manifest["kind"] in ADAPTER_KINDS) != (manifest["base"] is not None):
+        problems.append(f"kind {manifest['kind']} with base {manifest['base']}")
+    digests = [manifest["tokenizer_digest"], manifest["chat_template_digest"], manifest["base"]]
+    for digest in [*digests, *manifest["parents"].values()]:
+        if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+            problems.append(f"bad digest {digest!r}")
+    problems += _file_problems(manifest["files"])
+    # One spelling only: otherwise the same version could have two digests.
+    if not problems and canonical(manifest) != data:
+        problems.append("it is not canonical JSON")
+    return problems
+
+
+def _file_problems(files: list[Any]) -> list[str]:
+    problems = []
+    seen: set[str] = set()
+    for entry in files:
+        if not isinstance(entry, dict) or set(entry) != {"path", "sha256", "size"}:
+            return [f"bad file entry {entry!r}"]
+        path, sha256, size = entry["path"], entry["sha256"], entry["size"]
+        if not isinstance(path, str) or not is_safe_path(path):
+            return [f"unsafe file path {path!r}"]
+        if path.casefold() in seen:
+            problems.append(f"file {path!r} occurs twice (capitals aside)")
+        seen.add(path.casefold())
+        if not isinstance(sha256, str) or not _HEX.fullmatch(sha256):
+            problems.append(f"file {path!r} has a bad sha256 {sha256!r}")
+        if type(size) is not int or size < 0:
+            problems.append(f"file {path!r} has a bad size {size!r}")
+    return problems
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether `path` is relative, stays below its folder and means the same on every system."""
+    if not path or not path.isprintable() or any(character in path for character in '\\:*?"<>|'):
+        return False
+    pure = PurePosixPath(path)
+    return not pure.is_absolute() and str(pure) == path and not {"..", "."} & set(pure.parts)
+
+
+def storable(value: Any) -> Any:
+    """`value` as it goes into a manifest: JSON's types only, and no absolute path of this machine.
+
+    An absolute path becomes `…/last-part`; a number that JSON cannot say becomes "nan", "inf" or "-inf".
+    """
+    if isinstance(value, dict):
+        return {str(key): storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(item) for item in value]
+    if isinstance(value, os.PathLike):
+        value = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if (
+        isinstance(value, str)
+        and os.path.isabs(value)
+        and value.count("/") > 1
+        and not re.search(r"\s", value)
+    ):
+        return "…/" + PurePosixPath(value).name
+    assert value is None or isinstance(value, (str, bool, int, float)), f"not JSON: {type(value)}"
+    return value

@@ -1,0 +1,212 @@
+"""Turn a version into a plain, verified folder: in the cache, or where a person wants it."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from baton.errors import UserError
+from baton.registry.inspection import ADAPTER_CONFIG
+from baton.registry.store import CHUNK_BYTES, LocalStore, blob_path, file_sha256, full_disk_is_user_error
+
+_FICLONE = 0x40049409  # Linux: share a file's extents until one side is written
+
+
+def cache_root() -> Path:
+    """Where versions are materialised for programs: `$BATON_CACHE`, else `.baton/cache`."""
+    return Path(os.environ.get("BATON_CACHE") or ".baton/cache").absolute()
+
+
+def into_cache(store: LocalStore, digest: str, manifest: dict[str, Any], base_folder: Path | None) -> Path:
+    """The cached folder of a version, made if absent and mended if a file has changed."""
+    target = cache_root() / digest.removeprefix("sha256:")
+    stamp_path = target.with_suffix(".stamp.json")
+    expected = _expected_files(store, manifest, base_folder) if target.is_dir() else {}
+    if target.is_dir() and _is_intact(target, stamp_path, expected):
+        return target
+    with (
+        full_disk_is_user_error(f"materialising {digest} in {target.parent} failed"),
+        aside(target) as folder,
+    ):
+        expected = _write(store, manifest, folder, base_folder)
+        _replace(folder, target)
+    _write_stamp(target, stamp_path, expected)
+    return target
+
+
+def into_folder(store: LocalStore, digest: str, manifest: dict[str, Any], target: Path, base: Any) -> Path:
+    """A version in a person's own folder, absent or empty; `base` is the adapter's base's manifest, or None.
+
+    The base is put at `target/base`, which the adapter's configuration names by its absolute path.
+    """
+    target = target.absolute()
+    with full_disk_is_user_error(f"writing {digest} to {target} failed"), new_folder(target) as folder:
+        if base is not None:
+            _write(store, base, folder / "base", None)
+        _write(store, manifest, folder, target / "base" if base is not None else None)
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `target` at the end; raises UserError when `target` holds something."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not an empty folder; name a new one.")
+    if not target.exists():
+        with aside(target) as folder:
+            yield folder
+            try:
+                os.rename(folder, target)
+            except OSError as error:
+                raise UserError(f"{target} appeared meanwhile; name a new folder.") from error
+        return
+    # An existing folder may be a mount or somebody's current directory: fill it instead of replacing it.
+    with aside(target / "content") as folder:
+        yield folder
+        for path in sorted(folder.iterdir(), key=lambda path: path.name in ("config.json", ADAPTER_CONFIG)):
+            os.rename(path, target / path.name)
+
+
+@contextmanager
+def aside(target: Path) -> Iterator[Path]:
+    """A fresh hidden folder beside `target`, removed at the end if it is still there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name[:16]}.partial-{uuid.uuid4().hex}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    while True:
+        try:
+            os.rename(folder, target)
+            return
+        except OSError:
+            if not target.is_dir():
+                raise
+        # Another process may be reading the old folder: its open files stay whole when it is moved away.
+        with aside(target) as old:
+            try:
+                os.rename(target, old / "old")
+            except FileNotFoundError:
+                continue  # another process mends it too
+
+
+def _write(
+    store: LocalStore, manifest: dict[str, Any], folder: Path, base_folder: Path | None
+) -> dict[str, str]:
+    expected = {}
+    for entry in manifest["files"]:
+        target = folder / entry["path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_blob(store, entry, target)
+        expected[entry["path"]] = entry["sha256"]
+    if base_folder is not None:
+        config = folder / ADAPTER_CONFIG
+        data = _adapter_config(config.read_bytes(), base_folder)
+        config.write_bytes(data)
+        expected[ADAPTER_CONFIG] = hashlib.sha256(data).hexdigest()
+    return expected
+
+
+def _expected_files(store: LocalStore, manifest: dict[str, Any], base_folder: Path | None) -> dict[str, str]:
+    expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    if base_folder is not None:
+        data = store.get(blob_path(expected[ADAPTER_CONFIG]))
+        _require_digest(store, ADAPTER_CONFIG, expected[ADAPTER_CONFIG], hashlib.sha256(data).hexdigest())
+        expected[ADAPTER_CONFIG] = hashlib.sha256(_adapter_config(data, base_folder)).hexdigest()
+    return expected
+
+
+def _adapter_config(data: bytes, base_folder: Path) -> bytes:
+    settings = json.loads(data) | {"base_model_name_or_path": str(base_folder), "revision": None}
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def copy_blob(store: LocalStore, entry: dict[str, Any], target: Path) -> None:
+    """Reflink or copy a blob to a new file, and check its digest; never a link that an edit could follow."""
+    source = store.path(blob_path(entry["sha256"]))
+    digest = hashlib.sha256()
+    try:
+        with open(source, "rb") as blob, open(target, "xb") as out:
+            if _reflink(out.fileno(), blob.fileno()):
+                found = file_sha256(target)
+            else:
+                while chunk := blob.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    out.write(chunk)
+                found = digest.hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{source} is missing, the blob of {entry['path']}. Copy it from a backup or another registry."
+        ) from error
+    _require_digest(store, entry["path"], entry["sha256"], found)
+
+
+def _require_digest(store: LocalStore, path: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{path} is damaged in the registry ({store.path(blob_path(expected))}): expected "
+            f"sha256:{expected}, found sha256:{found}. Copy the blob from a backup or another registry."
+        )
+
+
+def _reflink(target: int, source: int) -> bool:
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def _is_intact(folder: Path, stamp_path: Path, expected: dict[str, str]) -> bool:
+    """Whether the folder holds the expected files; those whose status is as stamped are not read again."""
+    try:
+        stamped = json.loads(stamp_path.read_bytes())
+    except (OSError, ValueError):
+        stamped = {}
+    if _files_below(folder) != set(expected):
+        return False
+    for path, sha256 in expected.items():
+        if isinstance(stamped, dict) and stamped.get(path) == [sha256, *_status(folder / path)]:
+            continue
+        if not (folder / path).is_file() or file_sha256(folder / path) != sha256:
+            return False
+        stamped = {}  # something was touched: read the rest as well, and write a new stamp
+    if not stamped:
+        _write_stamp(folder, stamp_path, expected)
+    return True
+
+
+def _write_stamp(folder: Path, stamp_path: Path, expected: dict[str, str]) -> None:
+    new = stamp_path.with_name(f".{stamp_path.name}.{uuid.uuid4().hex}")
+    try:
+        new.write_text(
+            json.dumps({path: [sha256, *_status(folder / path)] for path, sha256 in expected.items()})
+        )
+        os.replace(new, stamp_path)
+    except OSError:
+        new.unlink(missing_ok=True)  # a stamp only saves time
+
+
+def _status(path: Path) -> list[int]:
+    status = path.lstat()
+    # The change time too: modification times can be set back, change times cannot.
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _files_below(folder: Path) -> set[str]:
+    found: set[str] = set()
+    for here, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(here, name).is_symlink()]
+        found |= {Path(here, name).relative_to(folder).as_posix() for name in [*files, *links]}
+    return found

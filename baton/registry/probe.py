@@ -1,0 +1,190 @@
+"""The probe: fixed input ids with the outputs that a version must give, in float32 on the CPU.
+
+It catches what checksums cannot: a swapped base, a lost head, an adapter on another model.
+"""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from baton.errors import UserError
+from baton.registry.inspection import ADAPTER_WEIGHTS, HEAD
+from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS
+from baton.registry.weights import read_header
+
+if TYPE_CHECKING:
+    import torch
+
+SEQUENCES, LENGTH, LOGITS = 2, 16, 32
+ATOL = RTOL = 1e-3
+
+
+class ProbeMismatch(UserError):
+    """A materialised version does not give the outputs that its manifest records."""
+
+
+def record(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[str, Any]) -> dict[str, Any]:
+    """Load what was written and note its outputs; `vocabulary` is the manifest's."""
+    size = vocabulary["size"]
+    special = vocabulary["special_tokens"]
+    avoid = {special[role] for role in ("bos", "eos", "pad", "unk")} | set(special["stop"])
+    model = load(folder, base_folder, kind, special["pad"])
+    probe: dict[str, Any] = {
+        "output": "score" if is_scorer(model) else "logits",
+        "input_ids": _input_ids(size, avoid),
+        "vocabulary_size": size,
+        "atol": ATOL,
+        "rtol": RTOL,
+    }
+    if probe["output"] == "logits":
+        probe["vocabulary_ids"] = sorted({i * size // LOGITS for i in range(LOGITS)})
+    values = outputs(model, probe)
+    if not all(math.isfinite(value) for row in values for value in row):
+        raise UserError(f"{folder}: the model gives nan or infinity on fixed input; its training diverged.")
+    probe["expected"] = [[float(f"{value:.7g}") for value in row] for row in values]
+    return probe
+
+
+def replay(folder: Path, base_folder: Path | None, manifest: dict[str, Any]) -> None:
+    """Load a materialised version and compare; raises ProbeMismatch with the largest difference."""
+    model = load(folder, base_folder, manifest["kind"], manifest["vocabulary"]["special_tokens"]["pad"])
+    compare(model, manifest["probe"], str(folder))
+
+
+def compare(model: "torch.nn.Module", probe: dict[str, Any], what: str) -> None:
+    """Compare a float32 model's outputs with a probe's; `what` begins the message of a mismatch."""
+    if (probe["output"] == "score") != is_scorer(model):
+        raise ProbeMismatch(f"{what} should give a {probe['output']}, but {type(model).__name__} does not.")
+    difference = largest_difference(outputs(model, probe), probe)
+    if difference is not None:
+        raise ProbeMismatch(
+            f"{what} loads but is not the model that was published: its {probe['output']} differ "
+            f"from the probe by up to {difference:.4g} (allowed {probe['atol']} + {probe['rtol']} × value). "
+            "Its base was swapped, its head lost, or it sits on another model. Get it again."
+        )
+
+
+def largest_difference(found: list[list[float]], probe: dict[str, Any]) -> float | None:
+    """The largest difference from the probe's outputs; None when all are within the tolerance."""
+    pairs = [
+        (value, wanted)
+        for row, wanted_row in zip(found, probe["expected"], strict=True)
+        for value, wanted in zip(row, wanted_row, strict=True)
+    ]
+    # `not <=` also catches nan.
+    if any(not abs(value - wanted) <= probe["atol"] + probe["rtol"] * abs(wanted) for value, wanted in pairs):
+        return max(math.inf if math.isnan(value) else abs(value - wanted) for value, wanted in pairs)
+    return None
+
+
+def outputs(model: "torch.nn.Module", probe: dict[str, Any]) -> list[list[float]]:
+    """One row a sequence: the score at its last token; or logits at its last position and their logsumexp.
+
+    The logsumexp runs over the tokenizer's ids alone, so that padding rows of the embedding do not count.
+    """
+    import torch
+
+    rows = []
+    with torch.no_grad():
+        for ids in probe["input_ids"]:
+            # One at a time and without padding: no mask or pad id can shift the position that is read.
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+            if probe["output"] == "score":
+                rows.append([float(logits[0])])
+            else:
+                last = logits[-1, : probe["vocabulary_size"]]
+                rows.append([*last[probe["vocabulary_ids"]].tolist(), float(last.logsumexp(0))])
+    return rows
+
+
+def is_scorer(model: "torch.nn.Module") -> bool:
+    """Whether the model has a score head and gives one number a sequence."""
+    from peft import PeftModel
+
+    return hasattr(model.get_base_model() if isinstance(model, PeftModel) else model, "score")
+
+
+def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | None) -> "torch.nn.Module":
+    """Load a version with plain transformers and peft, float32 on the CPU, in eval mode.
+
+    Raises ProbeMismatch when it does not load, or loads with weights missing.
+    """
+    from peft import PeftModel
+
+    if kind in HEAD_KINDS and not any(name.endswith(HEAD) for name in read_header(folder / ADAPTER_WEIGHTS)):
+        raise ProbeMismatch(f"{folder / ADAPTER_WEIGHTS} has lost its {HEAD}; the head would be random.")
+    with quiet_loading() as caught:
+        try:
+            if kind in ADAPTER_KINDS:
+                assert base_folder is not None, "an adapter's probe needs its base"
+                model = load_whole(base_folder, kind in HEAD_KINDS, pad_token_id)
+                model = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+            else:
+                model = load_whole(folder, None, pad_token_id)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ProbeMismatch(f"{folder} does not load: {error}") from error
+    for warning in caught:
+        # PEFT only warns when an adapter does not fit its base, and goes on with random weights.
+        if "missing adapter keys" in str(warning.message).lower():
+            raise ProbeMismatch(f"{folder} does not fit its base: {warning.message}")
+    return model.float().eval()
+
+
+def load_whole(folder: Path, with_head: bool | None, pad_token_id: int | None) -> Any:
+    """Load a whole model; `with_head` adds a fresh score head, None takes the class from config.json."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    is_saved_scorer = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    arguments: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    arguments["output_loading_info"] = True
+    loader: Any = AutoModelForCausalLM
+    if with_head or (with_head is None and is_saved_scorer):
+        # Set before loading: without it the model cannot pool, and generation would take eos for padding.
+        config.pad_token_id = pad_token_id
+        config.num_labels = 1
+        arguments["config"] = config
+        loader = AutoModelForSequenceClassification
+    model, report = loader.from_pretrained(folder, **arguments)
+    allowed = {HEAD} if with_head else set()
+    missing = set(report["missing_keys"]) - allowed
+    if missing:
+        raise ProbeMismatch(
+            f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}; save the model again."
+        )
+    return model
+
+
+def _input_ids(size: int, avoid: set[int | None]) -> list[list[int]]:
+    allowed = [i for i in range(size) if i not in avoid] or list(range(size))
+    return [
+        [
+            allowed[int.from_bytes(hashlib.sha256(f"probe {row} {column}".encode()).digest()) % len(allowed)]
+            for column in range(LENGTH)
+        ]
+        for row in range(SEQUENCES)
+    ]
+
+
+@contextmanager
+def quiet_loading() -> Iterator[list[warnings.WarningMessage]]:
+    """Load without progress bars and notes, and without drawing from torch's global generator."""
+    import torch
+    from transformers.utils import logging
+
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,309 @@
+"""One run of one stage: its process group, registry, folder, metrics, status, and how its program begins and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from baton.build import Inputs, build_key, input_key, published, resolve_inputs
+from baton.errors import UserError
+from baton.recipe import TrainedRecipe, load_recipe
+from baton.registry import Registry, Version
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+T = TypeVar("T", bound=TrainedRecipe)
+
+
+@dataclass
+class Run(Generic[T]):
+    """What a stage's main works with. Made by `Run.start`, which checks everything that can be checked cheaply."""
+
+    recipe: T
+    registry: Registry
+    inputs: Inputs
+    state: PartialState
+    input_key: str
+    build_key: str
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(cls, recipe: T) -> Run[T]:
+        """Join the process group, check its size, resolve the inputs on rank 0, open the run's folder.
+
+        Raises UserError when the number of processes is not the one asked for, or an input is missing or unfit.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _quieten_libraries()
+        state = _process_group(recipe)
+        registry, inputs = _on_main(state, lambda: _open_inputs(recipe))
+        run = cls(recipe, registry, inputs, state, input_key(recipe, inputs), build_key(recipe, inputs))
+        if state.is_main_process:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run._drop_foreign_checkpoints()
+            run.write_status("running", "")
+        state.wait_for_everyone()
+        return run
+
+    @property
+    def folder(self) -> Path:
+        """Checkpoints, metrics.jsonl, logs: only this run's; safe to delete once published."""
+        return Path(self.recipe.run_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.state.is_main_process)
+
+    def already_published(self) -> Version | None:
+        """The version that this very run would make, if the alias points at it already."""
+        return published(self.recipe, self.registry, self.build_key)
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl (main process only)."""
+        if not self.is_main:
+            return
+        row = {"step": step, "time_s": round(time.monotonic() - self.started, 3), **metrics}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint of this recipe and these inputs."""
+        found = [path.parent for path in self.checkpoints.glob("checkpoint-*/complete")]
+        return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+    def trim_metrics(self, step: int) -> None:
+        """Forget the metrics after `step`: a run that resumes there writes them again."""
+        path = self.folder / "metrics.jsonl"
+        if not self.is_main or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                continue  # the line that the interrupted run was writing
+        _replace(path, "".join(line + "\n" for line in kept))
+
+    def publish(
+        self,
+        write: Callable[[Path], None],
+        *,
+        kind: str,
+        base: Version | None = None,
+        metrics: dict[str, Any] | None = None,
+        name: str | None = None,
+        alias: str | None = None,
+        parents: dict[str, Version] | None = None,
+    ) -> Version:
+        """Write the version's folder by `write`, publish it, move the alias; returns the version on every process."""
+
+        def on_main() -> Version:
+            import shutil
+
+            staged = self.folder / f"publish-{kind}"
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+            write(staged)
+            recipe = self.recipe
+            target, label = name or recipe.publish.name, alias or recipe.publish.alias
+            version = self.registry.publish(
+                staged,
+                name=target,
+                kind=kind,
+                base=base,
+                parents=self.inputs.versions if parents is None else parents,
+                details={
+                    "data": [{"use": use, **row} for use, rows in self.inputs.sources.items() for row in rows],
+                    "recipe": recipe.model_dump(mode="json"),
+                    "metrics": metrics or {},
+                    "licence": recipe.licence,
+                    "build_key": self.build_key,
+                },
+            )
+            if self.registry.aliases(target).get(label) != version.number:
+                self.registry.promote(version.ref, label, reason=f"published by stage {recipe.stage}")
+            shutil.rmtree(staged)
+            return version
+
+        return _on_main(self.state, on_main)
+
+    def finish(self, version: Version, word: str = "published") -> Version:
+        """Record that the run is done."""
+        if self.is_main:
+            self.write_status("up to date" if word == "up to date" else "done", word, version=version.ref)
+            self.say(
+                f"{word} {version.ref}  ({self.recipe.publish.name}:{self.recipe.publish.alias})  {version.digest}"
+            )
+        return version
+
+    def write_status(self, state: str, message: str, exit_code: int = 0, version: str | None = None) -> None:
+        """Replace status.json: what the chain, and people, read after the program has gone."""
+        write_status(self.folder, self.recipe.stage, state, message, exit_code, version)
+
+    def _drop_foreign_checkpoints(self) -> None:
+        """Checkpoints of another recipe or other inputs must not be continued: they go, with their metrics."""
+        import shutil
+
+        marker = self.folder / "input_key"
+        if marker.is_file() and marker.read_text() != self.input_key:
+            self.say(f"{self.folder}: recipe or inputs have changed; starting afresh")
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        if not self.last_checkpoint():
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        _replace(marker, self.input_key)
+
+
+def program(main: Callable[[T], Version], kind: type[T]) -> None:
+    """Run `main` as a program for `accelerate launch`: RECIPE [key=value …] from the command line.
+
+    Exit code 2 and one message for a user's mistake, 1 with a traceback for anything else. The process ends by
+    os._exit after a barrier: gloo's threads abort some interpreters that leave the ordinary way.
+    """
+    arguments = sys.argv[1:]
+    module = getattr(sys.modules["__main__"].__spec__, "name", "stages.…")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: accelerate launch -m {module} RECIPE [key=value …]\n\n{main.__doc__ or ''}")
+        _leave(0 if arguments else 2)
+    recipe: T | None = None
+    code = 1
+    try:
+        recipe = load_recipe(arguments[0], arguments[1:], kind)
+        main(recipe)
+        code = 0
+    except UserError as error:
+        code = 2
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+            if recipe is not None:
+                write_status(Path(recipe.run_dir), recipe.stage, "refused", str(error), 2)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException as error:
+        traceback.print_exc()
+        if recipe is not None and _rank() == 0:
+            write_status(Path(recipe.run_dir), recipe.stage, "failed", f"{type(error).__name__}: {error}", 1)
+    _leave(code)
+
+
+def write_status(
+    folder: Path, stage: str, state: str, message: str, exit_code: int, version: str | None = None
+) -> None:
+    """Write `folder`/status.json aside and rename it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    status = {"stage": stage, "state": state, "message": message, "exit_code": exit_code, "version": version}
+    _replace(folder / "status.json", json.dumps(status, ensure_ascii=False, indent=1) + "\n")
+
+
+def _quieten_libraries() -> None:
+    """Their bars and reports are about each other: a bar for every file, a head that is new because it must be."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _process_group(recipe: TrainedRecipe) -> PartialState:
+    from accelerate import PartialState
+
+    state = PartialState()
+    started = int(state.num_processes)
+    asked = {"WORLD_SIZE": os.environ.get("WORLD_SIZE"), "the recipe's processes": recipe.processes}
+    asked["accelerate launch --num_processes"] = _launched_processes()
+    for source, count in asked.items():
+        if count is not None and int(count) != started:
+            raise UserError(
+                f"{source} asks for {count} processes, but {started} runs as one group. On CPUs only this starts several: "
+                "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_machines 1 --mixed_precision no "
+                "--dynamo_backend no --num_processes N …, which is what baton run --processes N does"
+            )
+    return state
+
+
+def _launched_processes() -> str | None:
+    """What --num_processes said on the command line of the launcher above this process, times its machines' share."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
+        return None
+    if not any("accelerate" in word for word in words[:4]):
+        return None
+    for at, word in enumerate(words):
+        name, equals, attached = word.partition("=")
+        if name in ("--num_processes", "--num-processes"):
+            return attached if equals else (words[at + 1] if at + 1 < len(words) else None)
+        if word == "-m":
+            return None
+    return None
+
+
+def _open_inputs(recipe: TrainedRecipe) -> tuple[Registry, Inputs]:
+    registry = Registry.open(recipe.registry, create=True)
+    return registry, resolve_inputs(recipe, registry)
+
+
+Result = TypeVar("Result")
+
+
+def _on_main(state: PartialState, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 and give its result, or its UserError, to every process."""
+    if state.num_processes == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
+
+    box: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            box[0] = work()
+        except UserError as error:
+            box[1] = str(error)
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _leave(code: int) -> None:
+    if code == 0 and "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

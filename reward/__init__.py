@@ -1,0 +1,1 @@
+"""The reward: training a model on preferences, and scoring with it."""

@@ -1,0 +1,1 @@
+"""The three stages: pretrain, sft, ppo; each a program for `accelerate launch -m stages.<name> RECIPE`."""

@@ -1,0 +1,179 @@
+"""Each refusal of a folder: the message says why, and nothing is written."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.errors import UserError
+from baton.registry import Registry
+
+
+def contents(registry: Registry) -> set[str]:
+    return {str(path.relative_to(registry.store.root)) for path in registry.store.root.rglob("*")}
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def remove_head(tensors: dict[str, Any]) -> None:
+    del tensors["base_model.model.score.weight"]
+
+
+def cut_rows(tensors: dict[str, Any]) -> None:
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:200].clone()
+
+
+def damage(folder: Path, what: str) -> None:
+    """One way in which a folder must not be published."""
+    weights = folder / "model.safetensors"
+    actions: dict[str, Callable[[], Any]] = {
+        "training_args.bin": lambda: (folder / "training_args.bin").write_bytes(pickle.dumps({"lr": {1}})),
+        "pickle as json": lambda: (folder / "trainer.json").write_bytes(pickle.dumps({1}, 0)),
+        "symlink": lambda: os.symlink("/etc/hostname", folder / "notes.txt"),
+        "linked folder": lambda: os.symlink("/etc", folder / "more"),
+        "fifo": lambda: os.mkfifo(folder / "pipe"),
+        "remote code": lambda: edit_json(folder / "config.json", auto_map={"AutoModel": "code.Model"}),
+        "remote tokenizer": lambda: edit_json(
+            folder / "tokenizer_config.json", auto_map={"AutoTokenizer": "x"}
+        ),
+        "no config": lambda: (folder / "config.json").unlink(),
+        "no weights": lambda: weights.unlink(),
+        "cut off": lambda: os.truncate(weights, weights.stat().st_size - 1),
+        "trailing bytes": lambda: weights.write_bytes(weights.read_bytes() + b"more"),
+        "no header": lambda: weights.write_bytes(b"\x05\0\0\0\0\0\0\0hello"),
+        "few rows": lambda: edit_tensors(weights, cut_rows),
+        "no tokenizer": lambda: (folder / "tokenizer.json").unlink(),
+        "case": lambda: (folder / "CONFIG.json").write_text("{}"),
+        "name": lambda: (folder / "a\\b").write_text("x"),
+        "bad config": lambda: (folder / "config.json").write_text("{"),
+        "adapter": lambda: (folder / "adapter_config.json").write_text("{}"),
+    }
+    actions[what]()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("training_args.bin", "training_args.bin is a pickle"),
+        ("pickle as json", "trainer.json is a pickle"),
+        ("symlink", "notes.txt is a symbolic link"),
+        ("linked folder", "more is a symbolic link"),
+        ("fifo", "neither a file nor a folder"),
+        ("remote code", "auto_map"),
+        ("remote tokenizer", "auto_map"),
+        ("no config", "config.json is missing"),
+        ("no weights", "no model.safetensors"),
+        ("cut off", "cut off or damaged"),
+        ("trailing bytes", "cut off or damaged"),
+        ("no header", "no valid safetensors header"),
+        ("few rows", "200 rows but the tokenizer has"),
+        ("no tokenizer", "no tokenizer.json"),
+        ("case", "one file on some systems"),
+        ("name", "name that other systems cannot store"),
+        ("bad config", "config.json is not JSON"),
+        ("adapter", "is an adapter"),
+    ],
+)
+def test_a_base_is_refused(registry: Registry, folders: Any, what: str, message: str) -> None:
+    damage(folders.base, what)
+    before = contents(registry)
+    with pytest.raises(UserError, match=message):
+        registry.publish(folders.base, name="team/base", kind="base")
+    assert contents(registry) == before
+
+
+def test_shards_must_be_complete(registry: Registry, folders: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (folders.base / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(folders.other_base).save_pretrained(
+        folders.base, max_shard_size="40KB"
+    )
+    shards = sorted(folders.base.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    version = registry.publish(folders.base, name="team/sharded", kind="base")
+    assert version.manifest["dtype"] == "bfloat16"
+    shards[-1].unlink()
+    with pytest.raises(UserError, match=f"names {shards[-1].name}, which is missing"):
+        registry.publish(folders.base, name="team/sharded", kind="base")
+
+
+def test_an_adapter_is_refused(filled: Registry, folders: Any) -> None:
+    base, adapter = filled.resolve("team/base:1"), filled.resolve("team/adapter:1")
+    before = contents(filled)
+
+    def refused(message: str, folder: Path, kind: str, base: Any) -> None:
+        with pytest.raises(UserError, match=message):
+            filled.publish(folder, name="team/new", kind=kind, base=base)
+
+    refused("needs its base", folders.adapter, "adapter", None)
+    refused("is of kind adapter; an adapter's base", folders.adapter, "adapter", adapter)
+    refused("whole model and has no base", folders.base, "base", base)
+    refused("unknown kind 'lora'", folders.adapter, "lora", base)
+    refused("no adapter_config.json", folders.base, "adapter", base)
+    refused("is not a folder", folders.base / "absent", "adapter", base)
+    refused("publish it as kind reward or value", folders.reward, "adapter", base)
+    refused("has no score.weight", folders.adapter, "reward", base)
+    edit_tensors(folders.value / "adapter_model.safetensors", remove_head)
+    refused("value head was not saved", folders.value, "value", base)
+    shutil.copytree(folders.base, folders.adapter / "base")
+    refused("lies in an adapter's folder", folders.adapter, "adapter", base)
+    (folders.base / "x").mkdir()
+    for path in folders.base.iterdir():
+        path.rmdir() if path.is_dir() else path.unlink()
+    refused("is empty", folders.base, "base", None)
+    assert contents(filled) == before
+
+
+def test_a_bad_name_or_a_stranger_for_parent_is_refused(
+    filled: Registry, folders: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="bad name"):
+        filled.publish(folders.base, name="base", kind="base")
+    elsewhere = Registry.open(tmp_path / "elsewhere", create=True)
+    parent = filled.resolve("team/base:1")
+    with pytest.raises(UserError, match="is missing"):
+        elsewhere.publish(folders.base, name="team/base", kind="base", parents={"init": parent})
+    assert elsewhere.models() == []
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(filled: Registry, folders: Any) -> None:
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if "layers.1" in name]:
+            tensors[name.replace("layers.1", "layers.7")] = tensors.pop(name)
+
+    edit_tensors(folders.adapter / "adapter_model.safetensors", rename)
+    with pytest.raises(UserError, match="does not fit its base"):
+        filled.publish(folders.adapter, name="team/new", kind="adapter", base=filled.resolve("team/base:1"))
+    assert "team/new" not in filled.models() and filled.store.list("tmp") == []
+
+
+def test_a_model_with_nan_or_without_some_weights_is_refused(registry: Registry, folders: Any) -> None:
+    def poison(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"][0] = float("nan")
+
+    def drop(tensors: dict[str, Any]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    edit_tensors(folders.base / "model.safetensors", poison)
+    with pytest.raises(UserError, match="nan or infinity"):
+        registry.publish(folders.base, name="team/base", kind="base")
+    edit_tensors(folders.other_base / "model.safetensors", drop)
+    with pytest.raises(UserError, match="lacks the weights model.layers.1.mlp.up_proj.weight"):
+        registry.publish(folders.other_base, name="team/base", kind="base")
+    assert registry.models() == [] and registry.store.list("blobs/sha256") == []

@@ -1,0 +1,114 @@
+"""Manifests: one spelling, a digest, and strict reading."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.errors import UserError
+from baton.registry import Registry
+from baton.registry.manifest import canonical, digest_of, is_safe_path, parse, storable
+
+
+def test_canonical_json_by_hand() -> None:
+    assert canonical({"b": [1, 2.5, None], "a": "é"}) == '{"a":"é","b":[1,2.5,null]}'.encode()
+    assert digest_of(b"") == "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_storable_hides_local_paths_and_spells_what_json_cannot() -> None:
+    given: dict[str, Any] = {
+        "run_dir": Path("/home/someone/runs/x"),
+        "rows": (1, None),
+        "loss": float("nan"),
+        "kl": float("inf"),
+        "hub": "org/name",
+        "prompt": "/ask what is / and /usr",
+        1: True,
+    }
+    assert storable(given) == {
+        "run_dir": "…/x",
+        "rows": [1, None],
+        "loss": "nan",
+        "kl": "inf",
+        "hub": "org/name",
+        "prompt": "/ask what is / and /usr",
+        "1": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/a", "../a", "a/../b", "a//b", "./a", "a/", "a\\b", "c:x", "a\n", "a\0"]
+)
+def test_unsafe_paths(path: str) -> None:
+    assert not is_safe_path(path)
+
+
+def test_safe_paths() -> None:
+    assert is_safe_path("config.json") and is_safe_path("sub/model-00001-of-00002.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "baton.manifest/9"}, "expected format"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"metrics": []}, "field 'metrics' has type list"),
+        ({"kind": "policy"}, "unknown kind 'policy'"),
+        ({"kind": "adapter"}, "kind adapter with base None"),
+        ({"parents": {"sft": "sha256:12"}}, "bad digest"),
+        ({"files": [{"path": "../x", "sha256": "0" * 64, "size": 1}]}, "unsafe file path"),
+        ({"files": [{"path": "x", "sha256": "0", "size": 1}]}, "bad sha256"),
+        ({"files": [{"path": "x", "sha256": "0" * 64, "size": True}]}, "bad size"),
+        ({"files": [{"path": "x", "sha256": "0" * 64}]}, "bad file entry"),
+        ({"files": [{"path": p, "sha256": "0" * 64, "size": 1} for p in ("x", "X")]}, "occurs twice"),
+    ],
+)
+def test_strict_reading(filled: Registry, change: dict[str, Any], message: str) -> None:
+    manifest = filled.resolve("team/base:1").manifest | change
+    data = canonical(manifest)
+    with pytest.raises(UserError, match=message):
+        parse(data, digest_of(data), "here")
+
+
+def test_a_missing_field_another_spelling_and_no_json(filled: Registry) -> None:
+    manifest = filled.resolve("team/base:1").manifest
+    for data, message in (
+        (canonical({k: v for k, v in manifest.items() if k != "probe"}), "field 'probe' is missing"),
+        (json.dumps(manifest).encode(), "not canonical"),
+        (b"[]", "expected an object"),
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(data, digest_of(data), "here")
+
+
+def test_what_a_manifest_says(filled: Registry, made: Any) -> None:
+    base = filled.resolve("team/base:1").manifest
+    stored = {entry["path"]: entry for entry in base["files"]}
+    weights = (made.base / "model.safetensors").read_bytes()
+    assert stored["model.safetensors"]["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert stored["model.safetensors"]["size"] == len(weights)
+    assert list(stored) == sorted(stored)
+    # Embedding and head 304 × 32 each; a layer: 4 attention and 3 MLP matrices, 2 norms; a last norm.
+    assert base["architecture"] == {
+        "class": "LlamaForCausalLM",
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_parameters": 2 * 304 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32,
+    }
+    assert base["dtype"] == "bfloat16" and base["licence"] == "apache-2.0"
+    assert base["vocabulary"]["embedding_rows"] == 304 and 259 <= base["vocabulary"]["size"] <= 300
+    special = {"bos": 0, "eos": 1, "pad": 2, "unk": None, "stop": [1]}
+    assert base["vocabulary"]["special_tokens"] == special
+    template = (made.base / "chat_template.jinja").read_bytes()
+    assert base["chat_template_digest"] == "sha256:" + hashlib.sha256(template).hexdigest()
+    assert {"torch", "transformers", "peft"} <= set(base["packages"]) and "commit" in base["code"]
+    reward = filled.resolve("team/reward:1")
+    assert reward.manifest["base"] == filled.resolve("team/base:1").digest
+    assert reward.manifest["architecture"]["class"] == "LlamaForSequenceClassification"
+    assert reward.manifest["tokenizer_digest"] == base["tokenizer_digest"]
+    assert reward.manifest["parents"] == {"init": filled.resolve("team/adapter:1").digest}

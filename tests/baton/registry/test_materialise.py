@@ -1,0 +1,279 @@
+"""Materialised folders: plain, verified, mended, and loadable by a process that never heard of Baton."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.errors import UserError
+from baton.registry import Registry, Version
+from baton.registry.probe import ProbeMismatch, replay
+
+# Written against transformers and peft alone: the receiving team's code.
+LOADER = """
+import json, sys, torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+results = {}
+for name, (kind, folder) in json.loads(sys.argv[1]).items():
+    found = json.load(open(sys.argv[2]))[name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user: hi\\n"
+    where = folder if kind in ("base", "merged", "classifier") else folder + "/base"
+    if kind in ("reward", "value", "classifier"):
+        model = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=torch.float32)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+    if kind in ("adapter", "reward", "value"):
+        model = PeftModel.from_pretrained(model, folder)
+    models = [model.eval()]
+    if kind == "adapter":
+        models.append(AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    for model in models:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(found["input_ids"])).logits
+        if found["output"] == "logits":
+            last = logits[:, -1, : found["vocabulary_size"]]
+            values = torch.cat([last[:, found["vocabulary_ids"]], last.logsumexp(-1, keepdim=True)], dim=1)
+        else:
+            values = logits
+        wanted = torch.tensor(found["expected"])
+        results[name] = max(results.get(name, 0.0), float((values - wanted).abs().max()))
+assert not any(module.split(".")[0] == "baton" for module in sys.modules)
+print(json.dumps(results))
+"""
+
+
+def run_loader(
+    folders: dict[str, tuple[str, Path]], probes: dict[str, Any], tmp_path: Path
+) -> dict[str, float]:
+    (tmp_path / "probes.json").write_text(json.dumps(probes))
+    named = json.dumps({name: (kind, str(folder)) for name, (kind, folder) in folders.items()})
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOADER, named, str(tmp_path / "probes.json")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_kind_loads_without_baton_and_merging_is_equal(filled: Registry, tmp_path: Path) -> None:
+    folders: dict[str, tuple[str, Path]] = {}
+    probes = {}
+    for kind in ("base", "adapter", "reward", "value"):
+        version = filled.resolve(f"team/{kind}:1")
+        folders[kind] = (kind, filled.materialise(version, tmp_path / "got" / kind))
+        probes[kind] = version.manifest["probe"]
+    for kind, merged_kind in (("adapter", "merged"), ("reward", "classifier")):
+        version = filled.resolve(f"team/{kind}:1")
+        name = f"merged {kind}"
+        folders[name] = (merged_kind, filled.merge(version, tmp_path / "got" / name))
+        probes[name] = version.manifest["probe"]
+    differences = run_loader(folders, probes, tmp_path)
+    assert set(differences) == set(folders)
+    for name, difference in differences.items():
+        # Merged models are cast to bfloat16, which has 8 bits of mantissa; the rest is exact to float32.
+        assert difference < (0.1 if name.startswith("merged") else 1e-4), (name, difference)
+    # No file can lead an edit back into the store.
+    links = [
+        p
+        for _, folder in folders.values()
+        for p in folder.rglob("*")
+        if p.stat().st_nlink > 1 and p.is_file()
+    ]
+    assert links == [] and not any(p.is_symlink() for p in (tmp_path / "got").rglob("*"))
+
+
+def test_get_wants_a_new_or_empty_folder(filled: Registry, tmp_path: Path) -> None:
+    version = filled.resolve("team/adapter:1")
+    (tmp_path / "empty").mkdir()
+    inode = (tmp_path / "empty").stat().st_ino
+    folder = filled.materialise(version, tmp_path / "empty", replay_probe=True)
+    assert folder == tmp_path / "empty" and folder.stat().st_ino == inode
+    expected = {entry["path"] for entry in version.manifest["files"]} | {"base"}
+    assert {path.name for path in folder.iterdir()} == expected
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "base")
+    for target in (folder, folder / "config.json", folder / "tokenizer.json"):
+        if target.exists():
+            with pytest.raises(UserError, match="not an empty folder"):
+                filled.materialise(version, target)
+
+
+def test_the_second_read_hashes_nothing_and_a_changed_file_is_mended(
+    filled: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from baton.registry import materialise
+
+    read: list[str] = []
+    real = materialise.file_sha256
+    monkeypatch.setattr(materialise, "file_sha256", lambda path: read.append(path.name) or real(path))
+    version = filled.resolve("team/base:1")
+    folder = filled.materialise(version)
+    assert filled.materialise(version) == folder and read == []
+    path = folder / "model.safetensors"
+    whole, status = path.read_bytes(), path.stat()
+    damaged = bytearray(whole)
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # even with its old times set back
+    assert filled.materialise(version) == folder and "model.safetensors" in read
+    assert path.read_bytes() == whole
+    os.utime(path)  # touched only: read again, kept, and stamped anew
+    inode, read[:] = path.stat().st_ino, []
+    filled.materialise(version)
+    assert path.stat().st_ino == inode and "model.safetensors" in read
+    read.clear()
+    filled.materialise(version)
+    assert read == []
+    (folder / "extra.json").write_text("{}")
+    (folder / "config.json").unlink()
+    filled.materialise(version)
+    assert {p.name for p in folder.iterdir()} == {entry["path"] for entry in version.manifest["files"]}
+    assert [p.name for p in folder.parent.iterdir() if "partial" in p.name] == []
+
+
+def test_a_cached_adapter_follows_its_base_when_the_cache_moves(
+    filled: Registry, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = filled.resolve("team/adapter:1")
+    filled.materialise(version)
+    moved = cache.rename(cache.with_name("moved"))
+    monkeypatch.setenv("BATON_CACHE", str(moved))
+    folder = filled.materialise(version, replay_probe=True)
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base) == moved / (version.base or "").removeprefix("sha256:") and Path(base).is_dir()
+
+
+def test_a_damaged_blob_is_named_and_never_materialised(
+    filled: Registry, cache: Path, tmp_path: Path
+) -> None:
+    version = filled.resolve("team/base:1")
+    entry = next(e for e in version.manifest["files"] if e["path"] == "model.safetensors")
+    blob = filled.store.path(f"blobs/sha256/{entry['sha256']}")
+    blob.chmod(0o644)
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    for folder in (None, tmp_path / "got"):
+        with pytest.raises(
+            UserError, match=f"model.safetensors is damaged.*{entry['sha256']}, found sha256:"
+        ):
+            filled.materialise(version, folder)
+    assert not (tmp_path / "got").exists() and list(cache.iterdir()) == []
+    blob.unlink()
+    with pytest.raises(UserError, match="is missing, the blob of model.safetensors"):
+        filled.materialise(version)
+
+
+def test_the_probe_catches_what_checksums_cannot(filled: Registry, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = filled.materialise(filled.resolve("team/other:1"))
+    for kind in ("adapter", "reward", "value"):
+        version = filled.resolve(f"team/{kind}:1")
+        folder = filled.materialise(version, tmp_path / kind)
+        replay(folder, folder / "base", version.manifest)
+        with pytest.raises(ProbeMismatch, match="not the model that was published"):
+            replay(folder, other, version.manifest)  # the base was swapped
+    reward, value = filled.resolve("team/reward:1"), filled.resolve("team/value:1")
+    with pytest.raises(ProbeMismatch, match="not the model that was published"):
+        replay(tmp_path / "value", tmp_path / "value" / "base", reward.manifest)
+    weights = tmp_path / "value" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    head = tensors.pop("base_model.model.score.weight")
+    save_file(tensors, weights)
+    with pytest.raises(ProbeMismatch, match="has lost its score.weight"):
+        replay(tmp_path / "value", tmp_path / "value" / "base", value.manifest)
+    save_file(tensors | {"base_model.model.score.weight": -head}, weights)
+    with pytest.raises(ProbeMismatch, match="by up to"):
+        replay(tmp_path / "value", tmp_path / "value" / "base", value.manifest)
+    with pytest.raises(ProbeMismatch):
+        replay(other, None, filled.resolve("team/base:1").manifest)
+
+
+def test_an_adapter_on_a_base_of_another_shape_does_not_load(filled: Registry, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=304, hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    version = filled.resolve("team/adapter:1")
+    with pytest.raises(ProbeMismatch, match="does not load"):
+        replay(filled.materialise(version), tmp_path / "small", version.manifest)
+
+
+def test_replaying_leaves_the_random_state_alone(filled: Registry) -> None:
+    import torch
+
+    version = filled.resolve("team/reward:1")
+    torch.manual_seed(5)
+    wanted = torch.rand(1)
+    torch.manual_seed(5)
+    filled.materialise(version, replay_probe=True)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def merged_by_hand(base: Path, adapter: Path, name: str) -> Any:
+    """W + (alpha / r) B A in float32, then bfloat16."""
+    import torch
+    from safetensors.torch import load_file
+
+    weights, lora = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    stem = "base_model.model." + name.removesuffix(".weight")
+    delta = lora[f"{stem}.lora_B.weight"] @ lora[f"{stem}.lora_A.weight"]
+    return (weights[name].float() + config["lora_alpha"] / config["r"] * delta).to(torch.bfloat16)
+
+
+def test_merging_by_hand_and_in_the_recorded_dtype(filled: Registry, made: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    folder = filled.merge(filled.resolve("team/adapter:1"), tmp_path / "merged")
+    found, base = load_file(folder / "model.safetensors"), load_file(made.base / "model.safetensors")
+    assert set(found) == set(base) and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for name, tensor in found.items():
+        is_target = any(part in name for part in ("q_proj", "v_proj", "down_proj"))
+        wanted = merged_by_hand(made.base, made.adapter, name) if is_target else base[name]
+        # One unit in the last place: sums may be made in another order.
+        assert torch.allclose(tensor.float(), wanted.float(), rtol=2**-7, atol=1e-6), name
+    assert not list(folder.glob("adapter*"))
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    merged = filled.publish(folder, name="team/merged", kind="merged")
+    assert merged.manifest["tokenizer_digest"] == filled.resolve("team/base:1").manifest["tokenizer_digest"]
+    scorer = filled.merge(filled.resolve("team/reward:1"), tmp_path / "scorer")
+    published = filled.publish(scorer, name="team/scorer", kind="merged")
+    assert published.manifest["probe"]["output"] == "score"
+    assert "score.weight" in load_file(scorer / "model.safetensors")
+
+
+def untrained(version: Version, filled: Registry, folders: Any) -> Version:
+    from safetensors.torch import load_file, save_file
+
+    weights = folders.adapter / "adapter_model.safetensors"
+    tensors = {name: t * 0 if "lora_B" in name else t for name, t in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return filled.publish(folders.adapter, name="team/untrained", kind="adapter", base=version)
+
+
+def test_a_merge_that_changes_nothing_or_has_nothing_to_merge_is_refused(
+    filled: Registry, folders: Any, tmp_path: Path
+) -> None:
+    base = filled.resolve("team/base:1")
+    with pytest.raises(UserError, match="nothing to merge"):
+        filled.merge(base, tmp_path / "merged")
+    with pytest.raises(UserError, match="unchanged: it was not trained"):
+        filled.merge(untrained(base, filled, folders), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,168 @@
+"""Publishing: same content same version, no local paths, races, a full disk, debris."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from baton.errors import UserError
+from baton.registry import Registry
+from baton.registry.vocabulary import tokenizer_digest
+
+
+def test_the_same_content_is_the_same_version(filled: Registry, folders: Any, tmp_path: Path) -> None:
+    base = filled.resolve("team/base:1")
+    again = filled.publish(folders.base, name="team/base", kind="base", details={"licence": "apache-2.0"})
+    assert again == base and filled.numbers("team/base") == [1]
+    other = filled.publish(folders.base, name="team/base", kind="base", details={"licence": "mit"})
+    assert other.number == 2 and other.digest != base.digest
+    same_under_another_name = filled.publish(
+        folders.base, name="team/copy", kind="base", details={"licence": "apache-2.0"}
+    )
+    assert (same_under_another_name.number, same_under_another_name.digest) == (1, base.digest)
+    assert filled.by_digest(base.digest) == base
+    assert filled.resolve(f"team/base@{base.digest}") == base
+
+
+def test_a_probe_that_differs_in_its_last_digits_is_the_same_version(
+    filled: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from baton.registry import probe
+
+    outputs = probe.outputs
+    monkeypatch.setattr(
+        probe, "outputs", lambda model, record: [[x + 1e-5 for x in row] for row in outputs(model, record)]
+    )
+    again = filled.publish(folders.base, name="team/base", kind="base", details={"licence": "apache-2.0"})
+    assert again == filled.resolve("team/base:1")
+
+
+def test_no_path_of_this_machine_is_stored(filled: Registry, made: Any, folders: Any, tmp_path: Path) -> None:
+    base = filled.resolve("team/base:1")
+    for folder in folders:
+        for name in ("config.json", "tokenizer_config.json"):
+            if (folder / name).exists():
+                path = folder / name
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": str(folder)}))
+    recipe = {"run_dir": str(tmp_path / "runs"), "data": {"train": [str(tmp_path / "data.jsonl")]}}
+    details = {"recipe": recipe, "data": [{"path": str(tmp_path / "data.jsonl")}]}
+    version = filled.publish(folders.adapter, name="team/new", kind="adapter", base=base, details=details)
+    filled.publish(folders.base, name="team/new-base", kind="base", details=details)
+    assert version.manifest["recipe"] == {"run_dir": "…/runs", "data": {"train": ["…/data.jsonl"]}}
+    assert str(made.base) in (made.adapter / "README.md").read_text()  # PEFT writes it there
+    for path in filled.store.root.rglob("*"):
+        if path.is_file():
+            for secret in (str(tmp_path), str(made.base.parent), str(Path.home()) + "/"):
+                assert secret.encode() not in path.read_bytes(), path
+    stored = {entry["path"]: entry["sha256"] for entry in version.manifest["files"]}
+    config = json.loads(filled.store.get(f"blobs/sha256/{stored['adapter_config.json']}"))
+    assert config["base_model_name_or_path"] == f"baton:{base.digest}" and config["revision"] is None
+
+
+def test_an_adapter_without_tokenizer_gets_its_bases(filled: Registry, folders: Any) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folders.adapter / name).unlink()
+    base = filled.resolve("team/base:1")
+    version = filled.publish(folders.adapter, name="team/bare", kind="adapter", base=base)
+    for key in ("vocabulary", "tokenizer_digest", "chat_template_digest"):
+        assert version.manifest[key] == base.manifest[key]
+    folder = filled.materialise(version)
+    assert (folder / "tokenizer.json").exists() and (folder / "chat_template.jinja").exists()
+
+
+def test_truncation_and_padding_do_not_make_another_tokenizer(folders: Any) -> None:
+    from transformers import AutoTokenizer
+
+    before = tokenizer_digest(folders.base)
+    tokenizer = AutoTokenizer.from_pretrained(folders.base)
+    tokenizer(["a", "the town"], truncation=True, padding=True, max_length=2)
+    tokenizer.save_pretrained(folders.base)
+    assert json.loads((folders.base / "tokenizer.json").read_text())["truncation"]
+    assert tokenizer_digest(folders.base) == before
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(folders.base)
+    assert tokenizer_digest(folders.base) != before
+
+
+def test_a_whole_model_may_be_published_as_merged(filled: Registry, folders: Any) -> None:
+    parents = {"base": filled.resolve("team/base:1"), "sft": filled.resolve("team/adapter:1")}
+    version = filled.publish(folders.other_base, name="team/merged", kind="merged", parents=parents)
+    assert version.manifest["parents"] == {role: parent.digest for role, parent in parents.items()}
+    assert filled.verify(version) == []
+
+
+def _publish_many(path: str, folder: str, writer: int, count: int) -> None:
+    from baton.registry import probe
+
+    # The race is about numbers; loading a model a thousand times would only hide it.
+    recorded = {"input_ids": [[0]], "expected": [[0.0]], "atol": 0.0, "rtol": 0.0}
+    probe.record = lambda *arguments: recorded  # type: ignore[assignment]
+    registry = Registry.open(path, create=True)
+    for number in range(count):
+        registry.publish(folder, name="team/race", kind="base", details={"build_key": f"{writer}-{number}"})
+        registry.publish(folder, name="team/same", kind="base", details={"build_key": "one"})
+
+
+def test_writers_at_once_get_contiguous_numbers(folders: Any, tmp_path: Path) -> None:
+    path, writers, count = tmp_path / "raced", 4, 6
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_publish_many, args=(str(path), str(folders.base), writer, count))
+        for writer in range(writers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * writers
+    registry = Registry.open(path)
+    assert registry.numbers("team/race") == list(range(1, writers * count + 1))
+    keys = {version.manifest["build_key"] for version in registry.versions("team/race")}
+    assert keys == {f"{writer}-{number}" for writer in range(writers) for number in range(count)}
+    assert registry.numbers("team/same") == [1]
+    assert registry.verify_all() == [] and registry.store.list("tmp") == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+def test_a_full_disk_publishes_nothing(
+    registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Fail at the first, second, … call: each time the registry stays as it was, until a publish succeeds."""
+    real = getattr(os, call)
+    monkeypatch.setattr("baton.registry.probe.record", lambda *arguments: {"input_ids": [], "expected": []})
+    for failing in range(1, 100):
+        calls = 0
+
+        def full(*arguments: Any, failing: int = failing) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            try:
+                registry.publish(folders.base, name="team/base", kind="base")
+            except UserError as error:
+                assert str(registry.store.root) in str(error) and "No space left" in str(error)
+            else:
+                break
+        # Only the sync after the record's own link comes too late to keep it from appearing.
+        assert registry.models() == [] or call == "fsync"
+        assert registry.store.list("tmp") == [] and registry.verify_all() == []
+    assert failing > 5 and registry.numbers("team/base") == [1] and registry.verify_all() == []
+
+
+def test_debris_of_a_killed_publish_is_ignored(filled: Registry, folders: Any) -> None:
+    debris = filled.store.path("tmp/0123")
+    shutil.copytree(folders.base, debris)
+    filled.store.path("tmp/half.json").write_text('{"dig')
+    assert filled.verify_all() == []
+    version = filled.publish(folders.base, name="team/base", kind="base", details={"licence": "mit"})
+    assert version.number == 2
