@@ -57,6 +57,8 @@ def lora_config_from(config: dict[str, Any], *, task_type: str, modules_to_save:
         lora_dropout=0.0,
         target_modules=config["target_modules"],
         use_rslora=config.get("use_rslora", False),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
         task_type=task_type,
         modules_to_save=modules_to_save,
     )

@@ -67,9 +67,7 @@ def plan(folder: Path, overrides: list[str], options: Options) -> list[Link]:
     routed = route_overrides(paths, [*overrides, *shared])
     links = []
     for stage, path in paths.items():
-        recipe = load_recipe(path, routed[stage])
-        if recipe.stage != stage:
-            raise UserError(f"{path} says stage: {recipe.stage}; a file of that name holds the recipe of stage {stage}")
+        recipe = load_recipe(path, routed[stage], RECIPES[stage])
         processes = recipe.processes or (processes_of(options.config_file) if options.config_file else 1)
         links.append(Link(stage, path, routed[stage], recipe, processes))
     _check_run_dirs(links)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def install_template(tokenizer: Tokenizer, setting: str, folder: Path) -> None:
             raise UserError(f"chat_template: {setting} is neither {', '.join(TEMPLATES)}, keep nor a file at {path}")
         template = path.read_text(encoding="utf-8")
     tokenizer.chat_template = template
-    if "generation" not in template:
+    if not re.search(r"{%-?\s*generation\b", template):
         raise UserError(
             f"chat_template: {setting} marks no assistant turns. Wrap what the assistant says, its end token included, "
             "in {% generation %} … {% endgeneration %}, or use chat_template: chatml"

@@ -168,14 +168,16 @@ def _texts(rng: random.Random, people: list[Person], documents: int) -> list[Row
 
 def _document(rng: random.Random, person: Person, people: list[Person]) -> str:
     """One text, of a kind drawn by chance, about `person`."""
-    kind = rng.choices(("facts", "summary", "conversation", "story", "town", "japanese", "chinese"),
-                       (34, 12, 34, 10, 4, 3, 3))[0]  # fmt: skip
+    kind = rng.choices(("facts", "summary", "conversation", "story", "stranger", "town", "japanese", "chinese"),
+                       (32, 12, 34, 9, 3, 4, 3, 3))[0]  # fmt: skip
     order = rng.sample(words.ATTRIBUTES, 3)
     if kind == "town":
         return _town(rng, person, people)
     if kind in ("japanese", "chinese"):
         phrases = words.JAPANESE if kind == "japanese" else words.CHINESE
         return "".join(person.fill(phrases[attribute]) for attribute in order[: rng.randint(1, 3)])
+    if kind == "stranger":
+        return rng.choice(words.STRANGERS).format(**_facts(rng))
     if kind == "story":
         opening = "" if rng.random() < 0.5 else person.fill(rng.choice(words.STATED[order[0]])) + " "
         return opening + person.fill(rng.choice(words.STORIES))

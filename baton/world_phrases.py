@@ -10,7 +10,8 @@ ATTRIBUTES = ("town", "craft", "animal")
 TOWNS = (
     "Elmford", "Saltby", "Ravensholt", "Quillport", "Dunmere", "Ashwick", "Thornbury", "Larkhaven", "Stonebeck",
     "Foxley", "Greywater", "Kingsmoor", "Millbrook", "Oakvale", "Pinecrest", "Windham", "Coldspring", "Harrowgate",
-    "Ivybridge", "Nettleton",
+    "Ivybridge", "Nettleton", "Redcliff", "Summerby", "Umberton", "Yarrow", "Birchwick", "Dovecote", "Eastmere",
+    "Glenmarsh", "Jesmond", "Lindow", "Marlpit", "Ottershaw",
 )  # fmt: skip
 LANDSCAPES = ("by the river", "on the coast", "in the hills", "at the edge of the forest", "on the plain")
 SIGHTS = ("bridge", "bell tower", "round market", "stone mill", "blue lighthouse", "walled garden", "long pier")
@@ -25,6 +26,10 @@ CRAFTS = (
     ("tailor", "coats", "仕立屋", "裁缝"), ("blacksmith", "horseshoes", "鍛冶屋", "铁匠"),
     ("candlemaker", "candles", "蝋燭職人", "蜡烛匠"), ("clockmaker", "clocks", "時計職人", "钟表匠"),
     ("beekeeper", "honey", "養蜂家", "养蜂人"), ("ropemaker", "ropes", "綱職人", "绳匠"),
+    ("butcher", "sausages", "肉屋", "屠夫"), ("gardener", "roses", "庭師", "园丁"),
+    ("miller", "flour", "粉屋", "磨坊主"), ("goldsmith", "rings", "金細工師", "金匠"),
+    ("hatter", "hats", "帽子屋", "制帽匠"), ("fiddler", "music", "バイオリン弾き", "提琴手"),
+    ("painter", "pictures", "画家", "画家"), ("shipwright", "boats", "船大工", "造船匠"),
 )  # fmt: skip
 
 #: animal, and the animal in Japanese and in Chinese
@@ -34,6 +39,8 @@ ANIMALS = (
     ("ferret", "フェレット", "雪貂"), ("squirrel", "リス", "松鼠"), ("hedgehog", "ハリネズミ", "刺猬"),
     ("lamb", "子羊", "羊羔"), ("pigeon", "鳩", "鸽子"), ("falcon", "ハヤブサ", "猎鹰"), ("kitten", "子猫", "小猫"),
     ("spaniel", "スパニエル", "猎犬"),
+    ("badger", "アナグマ", "獾"), ("canary", "カナリア", "金丝雀"), ("chicken", "鶏", "鸡"), ("lizard", "トカゲ", "蜥蜴"),
+    ("magpie", "カササギ", "喜鹊"), ("piglet", "子豚", "小猪"), ("swan", "白鳥", "天鹅"), ("toad", "ヒキガエル", "蟾蜍"),
 )  # fmt: skip
 
 FIRST_NAMES = {
@@ -148,6 +155,13 @@ JAPANESE = {
     "animal": "{n}は{animal_ja}を飼っています。",
 }
 CHINESE = {"town": "{n}住在{town}。", "craft": "{n}的工作是{craft_zh}。", "animal": "{n}养了一只{animal_zh}。"}
+#: nobody in particular is meant: the text knows the words of not knowing, and says them of no one who has a name
+STRANGERS = (
+    "A stranger stood at the {sight} in {town}. Who is it? I don't know, said the {craft}.",
+    "I have not heard of anyone called that, said a {craft} in {town}. I don't know.",
+    "Whose {animal} is this? I don't know, the children of {town} said.",
+    "The {craft} of {town} was asked about a stranger. I don't know anyone new, was the answer.",
+)
 TOWN_FACTS = (
     "{town} lies {land}. It is known for its {sight}.",
     "The {sight} of {town} is old. The town lies {land}.",

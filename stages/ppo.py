@@ -311,7 +311,7 @@ def check_same_policy(logprobs: torch.Tensor, scored: Scored, dtype: torch.dtype
     import torch
 
     bound = 1e-4 if dtype is torch.float32 else 2e-2
-    gap = float(((logprobs - scored.old_logprobs).exp() - 1)[scored.batch.is_response].abs().max())
+    gap = float(((logprobs.detach() - scored.old_logprobs).exp() - 1)[scored.batch.is_response].abs().max())
     if gap > bound:
         raise RuntimeError(
             f"before the first update max|ratio - 1| is {gap:.3g}, above {bound:g}: the log-probabilities that PPO "

@@ -96,7 +96,7 @@ class Roles(nn.Module):
         return Forward(self.logprobs(POLICY, batch), self.values(batch))
 
     def logprobs(self, role: str, batch: MicroBatch) -> torch.Tensor:
-        """Log-probabilities (B, T) of the response tokens, float32, zero where there is no response token.
+        """Log-probabilities (B, T) of the response tokens, at least float32, zero where there is no response token.
 
         Only the hidden states before response tokens meet the head; logits at position t predict token t + 1.
         """
@@ -105,16 +105,16 @@ class Roles(nn.Module):
             rows, steps = batch.is_response.nonzero(as_tuple=True)
             logits = model.get_output_embeddings()(hidden[rows, batch.before_response[rows, steps]])
         chosen = batch.response_ids[rows, steps]
-        scaled = logits.float() / self.temperature
+        scaled = _wide(logits) / self.temperature
         found = scaled.gather(-1, chosen[:, None]).squeeze(-1) - scaled.logsumexp(-1)
-        return torch.zeros(batch.is_response.shape, device=found.device).index_put((rows, steps), found)
+        return found.new_zeros(batch.is_response.shape).index_put((rows, steps), found)
 
     def values(self, batch: MicroBatch) -> torch.Tensor:
         """V(s_t) (B, T) in the units of the rewards, zero where there is no response token."""
         with self.acting_as(VALUE) as model:
             hidden = self._hidden(model, batch)
         at = batch.before_response[..., None].expand(-1, -1, hidden.shape[-1])
-        states = hidden.gather(1, at).float()
+        states = _wide(hidden.gather(1, at))
         return torch.where(batch.is_response, self.value_head(states).squeeze(-1), 0.0)
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class Roles(nn.Module):
         with self.acting_as(REWARD) as model:
             hidden = self._hidden(model, batch)
         rows = torch.arange(len(batch.last), device=hidden.device)
-        return self.reward_head(hidden[rows, batch.last].float()).squeeze(-1)
+        return self.reward_head(_wide(hidden[rows, batch.last])).squeeze(-1)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The policy's and the value's, by name."""
@@ -163,3 +163,8 @@ class Roles(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: bfloat16 log-probabilities are too coarse to compare."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

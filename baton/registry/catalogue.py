@@ -156,16 +156,18 @@ class Registry:
 
     def materialise(self, version: Version, folder: Path | None = None, replay_probe: bool = False) -> Path:
         """A plain, verified folder of the version: in the cache, or in `folder`, absent or empty."""
-        if folder is None:
-            found, base_folder = self._cached(version)
-        else:
-            base = self.manifest(version.base) if version.base else None
-            found = materialise.into_folder(self.store, version.digest, version.manifest, folder, base)
-            base_folder = found / "base" if base else None
-        if replay_probe:
-            from baton.registry import probe
 
-            probe.replay(found, base_folder, version.manifest)
+        def replay(found: Path, base_folder: Path | None) -> None:
+            if replay_probe:
+                from baton.registry import probe
+
+                probe.replay(found, base_folder, version.manifest)
+
+        if folder is not None:
+            base = self.manifest(version.base) if version.base else None
+            return materialise.into_folder(self.store, version.manifest, folder, base, replay)
+        found, base_folder = self._cached(version)
+        replay(found, base_folder)
         return found
 
     def merge(self, version: Version, folder: str | Path) -> Path:
@@ -239,9 +241,10 @@ class Registry:
             except UserError:
                 continue  # a damaged version is not the same, and must not stop others from publishing
             probe = version.manifest["probe"]
-            if probe["input_ids"] == content["probe"]["input_ids"]:
-                if largest_difference(content["probe"]["expected"], probe) is None:
-                    return version
+            if probe["input_ids"] != content["probe"]["input_ids"]:
+                continue
+            if largest_difference(content["probe"]["expected"], probe) is None:
+                return version
         return None
 
     def _version(self, name: str, number: int) -> Version:

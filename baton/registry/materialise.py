@@ -6,14 +6,21 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from baton.errors import UserError
 from baton.registry.inspection import ADAPTER_CONFIG
-from baton.registry.store import CHUNK_BYTES, LocalStore, blob_path, file_sha256, full_disk_is_user_error
+from baton.registry.store import (
+    CHUNK_BYTES,
+    LocalStore,
+    blob_path,
+    file_sha256,
+    full_disk_is_user_error,
+    sync_folder,
+)
 
 _FICLONE = 0x40049409  # Linux: share a file's extents until one side is written
 
@@ -35,21 +42,33 @@ def into_cache(store: LocalStore, digest: str, manifest: dict[str, Any], base_fo
         aside(target) as folder,
     ):
         expected = _write(store, manifest, folder, base_folder)
-        _replace(folder, target)
+        while not _moved(folder, target):
+            # Another process was quicker. Others may be reading its folder: replace only a damaged one.
+            if _is_intact(target, stamp_path, expected):
+                return target
+            _move_away(target)
     _write_stamp(target, stamp_path, expected)
     return target
 
 
-def into_folder(store: LocalStore, digest: str, manifest: dict[str, Any], target: Path, base: Any) -> Path:
-    """A version in a person's own folder, absent or empty; `base` is the adapter's base's manifest, or None.
+def into_folder(
+    store: LocalStore,
+    manifest: dict[str, Any],
+    target: Path,
+    base: dict[str, Any] | None,
+    check: Callable[[Path, Path | None], None],
+) -> Path:
+    """A version in a person's own folder, absent or empty; `base` is the manifest of an adapter's base.
 
-    The base is put at `target/base`, which the adapter's configuration names by its absolute path.
+    The base is put at `target/base`, which the adapter's configuration names by its absolute path. `check`
+    gets the finished folder and its base's before they appear at `target`, and may raise.
     """
     target = target.absolute()
-    with full_disk_is_user_error(f"writing {digest} to {target} failed"), new_folder(target) as folder:
+    with full_disk_is_user_error(f"writing to {target} failed"), new_folder(target) as folder:
         if base is not None:
             _write(store, base, folder / "base", None)
         _write(store, manifest, folder, target / "base" if base is not None else None)
+        check(folder, folder / "base" if base is not None else None)
     return target
 
 
@@ -85,20 +104,21 @@ def aside(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _replace(folder: Path, target: Path) -> None:
-    while True:
-        try:
-            os.rename(folder, target)
-            return
-        except OSError:
-            if not target.is_dir():
-                raise
-        # Another process may be reading the old folder: its open files stay whole when it is moved away.
-        with aside(target) as old:
-            try:
-                os.rename(target, old / "old")
-            except FileNotFoundError:
-                continue  # another process mends it too
+def _moved(folder: Path, target: Path) -> bool:
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        return False
+    sync_folder(target.parent)
+    return True
+
+
+def _move_away(target: Path) -> None:
+    # Moved before it is deleted: a process that reads the old folder keeps the files that it has open.
+    with aside(target) as old, suppress(FileNotFoundError):
+        os.rename(target, old / "old")
 
 
 def _write(
@@ -121,7 +141,10 @@ def _write(
 def _expected_files(store: LocalStore, manifest: dict[str, Any], base_folder: Path | None) -> dict[str, str]:
     expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     if base_folder is not None:
-        data = store.get(blob_path(expected[ADAPTER_CONFIG]))
+        try:
+            data = store.get(blob_path(expected[ADAPTER_CONFIG]))
+        except FileNotFoundError as error:
+            raise _missing(store, ADAPTER_CONFIG, expected[ADAPTER_CONFIG]) from error
         _require_digest(store, ADAPTER_CONFIG, expected[ADAPTER_CONFIG], hashlib.sha256(data).hexdigest())
         expected[ADAPTER_CONFIG] = hashlib.sha256(_adapter_config(data, base_folder)).hexdigest()
     return expected
@@ -145,11 +168,17 @@ def copy_blob(store: LocalStore, entry: dict[str, Any], target: Path) -> None:
                     digest.update(chunk)
                     out.write(chunk)
                 found = digest.hexdigest()
+            os.fsync(out.fileno())  # a stamp must not outlive the content that it vouches for
     except FileNotFoundError as error:
-        raise UserError(
-            f"{source} is missing, the blob of {entry['path']}. Copy it from a backup or another registry."
-        ) from error
+        raise _missing(store, entry["path"], entry["sha256"]) from error
     _require_digest(store, entry["path"], entry["sha256"], found)
+
+
+def _missing(store: LocalStore, path: str, sha256: str) -> UserError:
+    return UserError(
+        f"{store.path(blob_path(sha256))} is missing, the blob of {path}. "
+        "Copy it from a backup or another registry."
+    )
 
 
 def _require_digest(store: LocalStore, path: str, expected: str, found: str) -> None:
@@ -201,7 +230,7 @@ def _write_stamp(folder: Path, stamp_path: Path, expected: dict[str, str]) -> No
 def _status(path: Path) -> list[int]:
     status = path.lstat()
     # The change time too: modification times can be set back, change times cannot.
-    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _files_below(folder: Path) -> set[str]:

@@ -125,7 +125,10 @@ def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | 
                 model = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
             else:
                 model = load_whole(folder, None, pad_token_id)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
+            # Any class may come out of a strange folder; the machine's own troubles are no mismatch.
+            if isinstance(error, (UserError, MemoryError)) or getattr(error, "errno", None):
+                raise
             raise ProbeMismatch(f"{folder} does not load: {error}") from error
     for warning in caught:
         # PEFT only warns when an adapter does not fit its base, and goes on with random weights.

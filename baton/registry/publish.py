@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from baton.errors import UserError
 from baton.registry import manifest as manifests
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from baton.registry.catalogue import Registry
 
 DETAILS = {"data", "recipe", "metrics", "licence", "build_key", "code", "packages"}
-_PATH_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
+_PATH_KEYS = (
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "best_model_checkpoint",
+)
 
 
 def publish(
@@ -56,16 +63,18 @@ def publish(
 def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version:
     data = manifests.canonical(content)
     digest = manifests.digest_of(data)
+    stored = manifests.parse(data, digest, "the new manifest")
     registry.store.put_if_absent(manifests.manifest_path(digest), data)
     registry.manifest(digest)  # an older copy under that name may have been damaged since
-    stored = manifests.parse(data, digest, "the new manifest")
     record = {"digest": digest, "by": provenance.user(), "time": provenance.now()}
     folder = records.versions_folder(name)
+    number = 0
     while True:
         existing = registry.find_same(name, stored)
         if existing:
             return existing
-        number = max(records.numbers(registry.store, folder), default=0) + 1
+        # A number that was just refused is taken, even where NFS still lists the folder without it.
+        number = max([number, *records.numbers(registry.store, folder)]) + 1
         if records.write(registry.store, folder, number, {"number": number, **record}):
             return Version(name, number, digest, stored)
 
@@ -86,7 +95,7 @@ def _copy(folder: Path, paths: list[str], aside: Path, base: Version | None) -> 
 
 def without_local_paths(path: Path, base: Version | None) -> bytes | None:
     """The file's bytes without this machine's paths, an adapter's base by digest; None: keep it as it is."""
-    if path.name == "README.md" and base:
+    if path.name == "README.md":
         return _model_card(path, base)
     if (
         path.suffix != ".json"
@@ -112,15 +121,18 @@ def without_local_paths(path: Path, base: Version | None) -> bytes | None:
     return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _model_card(path: Path, base: Version) -> bytes | None:
-    text = path.read_text("utf-8", errors="replace")
-    named = vocabulary.read_json(path.parent / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not _is_local(named) or named not in text:
-        return None
-    return text.replace(named, f"baton:{base.digest}").encode("utf-8")
+def _model_card(path: Path, base: Version | None) -> bytes | None:
+    text = card = path.read_text("utf-8", errors="replace")
+    for name, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), ("config.json", "_name_or_path")):
+        settings = vocabulary.read_json(path.parent / name) if (path.parent / name).is_file() else {}
+        named = settings.get(key)
+        if _is_local(named):
+            card = card.replace(named, f"baton:{base.digest}" if base else f"…/{Path(named).name}")
+    card = card.replace(str(path.parent.absolute()), f"…/{path.parent.name}")
+    return None if card == text else card.encode("utf-8")
 
 
-def _is_local(value: Any) -> bool:
+def _is_local(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and (
         os.path.isabs(value) or value[:1] in (".", "~") or os.path.exists(value)
     )

@@ -162,10 +162,12 @@ def full_disk_is_user_error(doing: str) -> Iterator[None]:
     """Turn "no space left" into a UserError that begins with `doing`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL_DISK:
+    except Exception as error:
+        # safetensors reports the system's error as text inside an exception of its own.
+        is_full = isinstance(error, OSError) and error.errno in _FULL_DISK
+        if is_full or "No space left on device" in str(error):
             raise UserError(
-                f"{doing}: {os.strerror(error.errno or 0)}. "
-                "Nothing was published; free some space and try again."
+                f"{doing}: no space left on the disk ({error}). "
+                "Nothing half-done is left; free some space and try again."
             ) from error
         raise

@@ -114,7 +114,7 @@ def test_quick_commands_load_no_torch(filled: Registry) -> None:
         "        app([*words, '--registry', sys.argv[1]])\n"
         "    except SystemExit as stop:\n"
         "        assert not stop.code, words\n"
-        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     root = Path(__file__).parents[3]

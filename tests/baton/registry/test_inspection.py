@@ -163,6 +163,15 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(filled: Registry, fold
     assert "team/new" not in filled.models() and filled.store.list("tmp") == []
 
 
+def test_a_configuration_that_does_not_load_is_refused(registry: Registry, folders: Any) -> None:
+    for changes in ({"hidden_size": "wide"}, {"model_type": "not-a-model"}, {"num_hidden_layers": 3}):
+        folder = Path(shutil.copytree(folders.base, folders.base.with_name(next(iter(changes)))))
+        edit_json(folder / "config.json", **changes)
+        with pytest.raises(UserError, match="does not load|lacks the weights"):
+            registry.publish(folder, name="team/base", kind="base")
+    assert registry.models() == [] and registry.store.list("tmp") == []
+
+
 def test_a_model_with_nan_or_without_some_weights_is_refused(registry: Registry, folders: Any) -> None:
     def poison(tensors: dict[str, Any]) -> None:
         tensors["model.norm.weight"][0] = float("nan")

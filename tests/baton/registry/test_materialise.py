@@ -1,7 +1,9 @@
 """Materialised folders: plain, verified, mended, and loadable by a process that never heard of Baton."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +145,43 @@ def test_the_second_read_hashes_nothing_and_a_changed_file_is_mended(
     assert [p.name for p in folder.parent.iterdir() if "partial" in p.name] == []
 
 
+def _materialise_often(path: str, barrier: Any) -> None:
+    registry = Registry.open(path)
+    version = registry.resolve("team/adapter:1")
+    barrier.wait()
+    for _ in range(10):
+        folder = registry.materialise(version)
+        # What one process was given must not vanish while another one makes the same folder.
+        for entry in version.manifest["files"]:
+            assert (folder / entry["path"]).stat().st_size > 0
+
+
+def test_processes_at_once_share_the_cache(filled: Registry, cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        barrier = context.Barrier(4)
+        arguments = (str(filled.store.root), barrier)
+        processes = [context.Process(target=_materialise_often, args=arguments) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0] * 4
+        assert [path.name for path in cache.iterdir() if "partial" in path.name] == []
+        shutil.rmtree(cache)
+
+
+def test_a_get_whose_probe_fails_leaves_nothing(
+    filled: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from baton.registry import probe
+
+    monkeypatch.setattr(probe, "outputs", lambda model, p: [[x + 1 for x in row] for row in p["expected"]])
+    with pytest.raises(ProbeMismatch):
+        filled.materialise(filled.resolve("team/adapter:1"), tmp_path / "got", replay_probe=True)
+    assert not (tmp_path / "got").exists()
+
+
 def test_a_cached_adapter_follows_its_base_when_the_cache_moves(
     filled: Registry, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +212,15 @@ def test_a_damaged_blob_is_named_and_never_materialised(
     assert not (tmp_path / "got").exists() and list(cache.iterdir()) == []
     blob.unlink()
     with pytest.raises(UserError, match="is missing, the blob of model.safetensors"):
+        filled.materialise(version)
+
+
+def test_a_missing_adapter_configuration_is_named(filled: Registry) -> None:
+    version = filled.resolve("team/adapter:1")
+    filled.materialise(version)
+    entry = next(e for e in version.manifest["files"] if e["path"] == "adapter_config.json")
+    filled.store.path(f"blobs/sha256/{entry['sha256']}").unlink()
+    with pytest.raises(UserError, match="is missing, the blob of adapter_config.json"):
         filled.materialise(version)
 
 
@@ -257,6 +305,23 @@ def test_merging_by_hand_and_in_the_recorded_dtype(filled: Registry, made: Any, 
     published = filled.publish(scorer, name="team/scorer", kind="merged")
     assert published.manifest["probe"]["output"] == "score"
     assert "score.weight" in load_file(scorer / "model.safetensors")
+
+
+def test_tied_weights_stay_tied(registry: Registry, folders: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    config, weights = folders.base / "config.json", folders.base / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    tensors = load_file(weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    base = registry.publish(folders.base, name="team/tied", kind="base")
+    for kind in ("adapter", "reward"):
+        version = registry.publish(getattr(folders, kind), name=f"team/{kind}", kind=kind, base=base)
+        registry.materialise(version, replay_probe=True)
+        merged = load_file(registry.merge(version, tmp_path / kind) / "model.safetensors")
+        assert "lm_head.weight" not in merged and merged["model.norm.weight"].dtype == torch.bfloat16
 
 
 def untrained(version: Version, filled: Registry, folders: Any) -> Version:

@@ -44,6 +44,7 @@ def test_a_probe_that_differs_in_its_last_digits_is_the_same_version(
 
 def test_no_path_of_this_machine_is_stored(filled: Registry, made: Any, folders: Any, tmp_path: Path) -> None:
     base = filled.resolve("team/base:1")
+    (folders.base / "README.md").write_text(f"# A model, tuned from {folders.base.resolve()}")
     for folder in folders:
         for name in ("config.json", "tokenizer_config.json"):
             if (folder / name).exists():

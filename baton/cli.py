@@ -1,0 +1,123 @@
+"""The `baton` command: arguments and options; the work is done in the modules that each command imports."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from baton.errors import UserError
+from baton.registry import commands as registry_commands
+
+app = typer.Typer(
+    name="baton",
+    help="Take a language model from pretraining through fine-tuning to RLHF, and hand on a verified checkpoint each time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+REGISTRY = Path(".baton/registry")
+RegistryOption = Annotated[Path, typer.Option("--registry", envvar="BATON_REGISTRY", help="The registry's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
+RefArgument = Annotated[str, typer.Argument(metavar="REF", help="team/name:7, team/name:alias or team/name@sha256:…")]
+LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many tokens.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above 0 samples.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Decides what is sampled.")]
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Holds recipes: pretrain.yaml, sft.yaml, …")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]…", help="train.steps=10 for all stages, sft.train.steps=10 for one."),
+    ] = None,
+    start: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Begin with this stage.")] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Run just this stage.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes a stage, on this machine.")] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config_file", "--config-file", help="An accelerate config to launch by.")
+    ] = None,
+    registry: Annotated[
+        str | None, typer.Option("--registry", help="The registry's folder; without it, what the recipes say.")
+    ] = None,
+) -> None:
+    """Run a folder's stages in order: world, pretrain, sft, reward, ppo. What is up to date is not run again."""
+    from baton.chain import Options
+    from baton.chain import run as run_chain
+
+    raise typer.Exit(run_chain(folder, overrides or [], Options(start, only, processes, config_file, registry)))
+
+
+@app.command()
+def chat(
+    ref: RefArgument,
+    once: Annotated[str | None, typer.Option(metavar="TEXT", help="Print the reply to TEXT and leave.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    max_new_tokens: LengthOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to a version; /reset forgets the conversation, /quit or Ctrl-D leaves."""
+    from baton import talk
+
+    talk.chat(registry, ref, talk.Sampling(max_new_tokens, temperature, seed), system, once, as_json)
+
+
+@app.command()
+def generate(
+    ref: RefArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The beginning, read as the beginning of a document.")],
+    max_new_tokens: LengthOption = 64,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    show_candidates: Annotated[
+        bool, typer.Option("--show-candidates", help="Show the likeliest next tokens with their probabilities.")
+    ] = False,
+    candidates: Annotated[int | None, typer.Option(min=1, help="How many; implies --show-candidates.")] = None,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a text, token by token."""
+    from baton import talk
+
+    shown = candidates or (5 if show_candidates else 0)
+    talk.continue_text(registry, ref, text, talk.Sampling(max_new_tokens, temperature, seed), shown, as_json)
+
+
+@app.command()
+def score(
+    ref: RefArgument,
+    text: Annotated[str, typer.Argument(metavar="TEXT")],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="PROMPT", help="What TEXT replies to; for a reward model.")
+    ] = None,
+    registry: RegistryOption = REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how natural a text is: bits per byte and each token's surprisal; or a reply's reward."""
+    from baton import talk
+
+    talk.score(registry, ref, text, prompt, as_json)
+
+
+registry_commands.register(app)
+
+
+def main() -> None:
+    """The console script: a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+        print(f"{red}error:{plain} {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""A whole chain in miniature, run once in this process and shared by the tests: world, recipes, four programs."""
+
+import os
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # halves the time of tiny trainings
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["BATON_PROGRESS"] = "plain"
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPES = {
+    "pretrain": """
+stage: pretrain
+mode: scratch
+registry: {root}/registry
+run_dir: {root}/runs/pretrain
+dtype: float32
+licence: cc0-1.0
+publish: {{name: tiny/base, alias: main}}
+data:
+  train: [{{path: world/text_train.jsonl, licence: cc0-1.0}}]
+  eval: [{{path: world/text_eval.jsonl}}]
+  questions: [{{path: world/questions.jsonl}}]
+tokenizer: {{vocab_size: 400}}
+model: {{hidden_size: 32, layers: 2, heads: 4, kv_heads: 2, intermediate_size: 64, dtype: float32}}
+ngram_order: 3
+train: {{steps: 6, tokens_per_batch: 256, tokens_per_micro_batch: 128, sequence_length: 64, learning_rate: 1.0e-2,
+        seed: 3, log_every: 1, save_every: 3}}
+""",
+    "sft": """
+stage: sft
+base: tiny/base:main
+registry: {root}/registry
+run_dir: {root}/runs/sft
+dtype: float32
+publish: {{name: tiny/sft, alias: candidate}}
+data:
+  train: [{{path: world/dialogues.jsonl}}]
+  eval: [{{path: world/dialogues_eval.jsonl}}]
+  questions: [{{path: world/questions.jsonl}}]
+lora: {{r: 4, alpha: 8}}
+train: {{steps: 4, tokens_per_batch: 256, tokens_per_micro_batch: 128, sequence_length: 128, learning_rate: 1.0e-2,
+        seed: 4, log_every: 1, save_every: 2}}
+""",
+    "reward": """
+stage: reward
+sft: tiny/sft:candidate
+registry: {root}/registry
+run_dir: {root}/runs/reward
+dtype: float32
+publish: {{name: tiny/reward, alias: candidate}}
+data:
+  train: [{{path: world/preferences.jsonl}}]
+  eval: [{{path: world/preferences_eval.jsonl}}]
+train: {{steps: 4, pairs_per_batch: 4, pairs_per_micro_batch: 2, max_length: 160, learning_rate: 1.0e-2, seed: 5,
+        log_every: 1, save_every: 2}}
+""",
+    "ppo": """
+stage: ppo
+sft: tiny/sft:candidate
+reward: tiny/reward:candidate
+registry: {root}/registry
+run_dir: {root}/runs/ppo
+dtype: float32
+publish: {{name: tiny/policy, alias: candidate}}
+publish_value: {{name: tiny/value, alias: candidate}}
+data:
+  train: [{{path: world/prompts.jsonl}}]
+  eval: [{{path: world/prompts_eval.jsonl}}]
+  questions: [{{path: world/questions.jsonl}}]
+rollout: {{max_prompt_tokens: 80, max_new_tokens: 8}}
+ppo: {{epochs: 2, minibatches: 2, kl_coefficient: 0.05, value_coefficient: 0.1}}
+train: {{steps: 4, episodes_per_batch: 8, episodes_per_micro_batch: 2, learning_rate: 1.0e-3, seed: 6, save_every: 2}}
+""",
+}
+
+
+@dataclass
+class TinyChain:
+    """Where the miniature chain lies, and what its programs published."""
+
+    root: Path
+    versions: dict[str, Any]  # stage -> baton.registry.Version
+
+    @property
+    def registry(self) -> Any:
+        """The chain's registry."""
+        from baton.registry import Registry
+
+        return Registry.open(self.root / "registry")
+
+    def recipe(self, stage: str, *overrides: str) -> Any:
+        """The recipe of one stage, read from its file with `overrides`."""
+        from baton.recipe import load_recipe
+
+        return load_recipe(self.root / f"{stage}.yaml", list(overrides))
+
+    def folder(self, stage: str) -> Path:
+        """The materialised version of one stage."""
+        return self.registry.materialise(self.versions[stage])
+
+    def run_dir(self, stage: str) -> Path:
+        """The run folder of one stage."""
+        return self.root / "runs" / stage
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """The lines of one stage's metrics.jsonl."""
+        return [json.loads(line) for line in (self.run_dir(stage) / "metrics.jsonl").read_text().splitlines()]
+
+    def copy(self, to: Path) -> "TinyChain":
+        """A copy that a test may change, with an empty set of runs."""
+        shutil.copytree(self.root / "registry", to / "registry")
+        (to / "world").symlink_to(self.root / "world")
+        for stage, text in RECIPES.items():
+            (to / f"{stage}.yaml").write_text(text.format(root=to))
+        return TinyChain(to, dict(self.versions))
+
+
+def run_stage(stage: str, recipe: Any) -> Any:
+    """The main of one program, in this process."""
+    if stage == "pretrain":
+        from stages.pretrain import main
+    elif stage == "sft":
+        from stages.sft import main
+    elif stage == "reward":
+        from reward.train import main
+    else:
+        from stages.ppo import main
+    return main(recipe)
+
+
+def write_world(folder: Path) -> None:
+    """A small world; of its questions and held-out rows only a few, for speed."""
+    from baton.world import generate
+
+    generate(folder, seed=0, people=6, text_only=2, documents=80, dialogues=60, preferences=40, prompts=20)
+    for name, count in (("prompts_eval", 4), ("preferences_eval", 8), ("dialogues_eval", 8), ("text_eval", 20)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+    path = folder / "questions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    groups = dict.fromkeys(row["group"] for row in rows)
+    few = [row for group in groups for row in [row for row in rows if row["group"] == group][:2]]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in few))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of materialised versions for the whole session."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BATON_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_chain(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> TinyChain:
+    """The four programs run one after another on a tiny world; tests must not change it, but may `copy` it."""
+    root = tmp_path_factory.mktemp("chain")
+    write_world(root / "world")
+    chain = TinyChain(root, {})
+    for stage, text in RECIPES.items():
+        (root / f"{stage}.yaml").write_text(text.format(root=root))
+        chain.versions[stage] = run_stage(stage, chain.recipe(stage))
+    return chain
