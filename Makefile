@@ -32,10 +32,18 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
+# the same pipeline on local copies of such data: dolly and OASST dialogues, HH pairs and their prompts
+DIALOGUES := $(abspath $(SHARED))/data/dialogues
+PAIRS := $(abspath $(SHARED))/data/preferences/hh_helpful_en_4000.jsonl.gz
+LOCAL := pretrain.base=$(abspath $(BASE)) \
+    'sft.data.train=[{path: $(DIALOGUES)/dolly_hhrlhf_en_1000.jsonl.gz, rows: [0, 900]}, {path: $(DIALOGUES)/oasst_en_100_trees.jsonl.gz, rows: [0, 90]}]' \
+    'sft.data.eval=[{path: $(DIALOGUES)/dolly_hhrlhf_en_1000.jsonl.gz, rows: [900, 1000]}, {path: $(DIALOGUES)/oasst_en_100_trees.jsonl.gz, rows: [90, 100]}]' \
+    'reward.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'reward.data.eval=[{path: $(PAIRS), rows: [3500, 4000]}]' \
+    'ppo.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'ppo.data.eval=[{path: $(PAIRS), rows: [3500, 4000]}]'
+
 smollm2: .venv/installed
 	if [ -d $(SHARED) ]; then \
-	    $(BIN)/python $(SHARED)/models/make_smollm2.py $(BASE) && \
-	    $(BIN)/baton run recipes/smollm2 pretrain.base=$(BASE); \
+	    $(BIN)/python $(SHARED)/models/make_smollm2.py $(BASE) && $(BIN)/baton run recipes/smollm2 $(LOCAL); \
 	else \
 	    $(BIN)/baton run recipes/smollm2; \
 	fi

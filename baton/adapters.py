@@ -68,7 +68,7 @@ def set_adapter_tensors(model: Any, tensors: dict[str, torch.Tensor], name: str)
     """Copy LoRA tensors into adapter `name` of a PeftModel; every LoRA tensor must find its place."""
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, tensors, adapter_name=name)
+    result: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
     missing = [key for key in result.missing_keys if "lora_" in key and f".{name}." in key]
     if missing or result.unexpected_keys:
         raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 from baton.data import fingerprint
 from baton.errors import UserError
 from baton.recipe import (
+    PairData,
     PPORecipe,
     PretrainRecipe,
     Recipe,
@@ -66,14 +67,15 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     """
     versions: dict[str, Version] = {}
     model: ModelSource | None = None
-    data: TextData | None = None
+    data: TextData | PairData | None = None
     if isinstance(recipe, PretrainRecipe):
         data = recipe.data
         if recipe.base:
             model = model_source(recipe.base, recipe.folder)
             if model is None:
                 raise UserError(
-                    f"{recipe.path}: base: {recipe.base} is a registry reference, and so registered already; mode: load "
+                    f"{recipe.path}: base: {recipe.base} is a registry reference, and so registered already; "
+                    "mode: load "
                     "takes a local folder, a .gguf file or a hub id with @revision"
                 )
     elif isinstance(recipe, SFTRecipe):
@@ -95,7 +97,7 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     sources = {}
     if data is not None:
         for use in ("train", "eval", "questions"):
-            sources[use] = [fingerprint(source, recipe.folder) for source in getattr(data, use)]
+            sources[use] = [fingerprint(source, recipe.folder) for source in getattr(data, use, [])]
     return Inputs(versions, sources, model)
 
 
@@ -120,7 +122,8 @@ def model_source(base: str, folder: Path) -> ModelSource | None:
     if at and revision and name.count("/") == 1:
         return ModelSource("hub", name, revision)
     raise UserError(
-        f"base: {base} is neither a folder nor complete: write {base}:ALIAS or {base}:NUMBER for a registry version, or "
+        f"base: {base} is neither a folder nor complete: write {base}:ALIAS or {base}:NUMBER for a registry "
+        "version, or "
         f"{base}@REVISION for a hub id"
     )
 
@@ -138,7 +141,7 @@ def build_key(recipe: TrainedRecipe, inputs: Inputs) -> str:
 def up_to_date(recipe: Recipe) -> str | None:
     """The version that the recipe's alias points at if it was built from the same recipe, inputs and code."""
     if isinstance(recipe, WorldRecipe):
-        from baton.world import is_written
+        from baton.make_world import is_written
 
         return recipe.out if is_written(recipe) else None
     assert isinstance(recipe, TrainedRecipe)
@@ -192,7 +195,8 @@ def _check_fit(sft: Version, reward: Version) -> None:
         ours, theirs = sft.manifest[key], reward.manifest[key]
         if ours != theirs:
             raise UserError(
-                f"{reward.ref} has another {what} than {sft.ref} ({_short(theirs)} against {_short(ours)}): its rewards "
+                f"{reward.ref} has another {what} than {sft.ref} ({_short(theirs)} against {_short(ours)}): its "
+                "rewards "
                 "would be for other text. Train the reward model from this SFT version: accelerate launch -m "
                 "reward.train RECIPE"
             )

@@ -1,4 +1,4 @@
-"""`baton run FOLDER`: a folder's stages one after another, each in processes of its own, skipping what is up to date."""
+"""`baton run FOLDER`: the stages of a folder in order, each in processes of its own, less those that are up to date."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ def run(folder: Path, overrides: list[str], options: Options, console: Console |
 def plan(folder: Path, overrides: list[str], options: Options) -> list[Link]:
     """The stages to run, in order, with their recipes read and checked. Raises UserError."""
     paths = recipe_files(folder)
-    given = dict.fromkeys(paths, ())
     shared = [] if options.registry is None else [f"registry={options.registry}"]
     if options.processes is not None:
         shared.append(f"processes={options.processes}")
@@ -74,11 +73,11 @@ def plan(folder: Path, overrides: list[str], options: Options) -> list[Link]:
     if options.start and options.only:
         raise UserError("--from and --only exclude each other: --from runs a stage and all after it, --only just one")
     for name in (options.start, options.only):
-        if name is not None and name not in given:
-            raise UserError(f"{folder} has no stage {name}; it has {', '.join(given)}")
+        if name is not None and name not in paths:
+            raise UserError(f"{folder} has no stage {name}; it has {', '.join(paths)}")
     if options.only:
         return [link for link in links if link.stage == options.only]
-    first = list(given).index(options.start) if options.start else 0
+    first = list(paths).index(options.start) if options.start else 0
     return links[first:]
 
 
@@ -189,8 +188,8 @@ def run_stage(link: Link, config_file: Path | None, console: Console) -> int:
         for plot in plot_run(link.stage, run_dir):
             console.print(f"{'':8}  [dim]plot        {plot}[/dim]")
         return 0
-    if state == "refused":
-        code, word = 2, "refused"
+    if state == "refused" or code == 2:
+        code, word, message = 2, "refused", message or "its input; the program's own message is above"
     elif code in (130, 143, 129):
         word, message = "stopped", "the same command goes on from the last complete checkpoint"
     else:

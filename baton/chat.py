@@ -62,7 +62,8 @@ def install_template(tokenizer: Tokenizer, setting: str, folder: Path) -> None:
     stops = stop_ids(tokenizer)
     if not any(token in stops and trained for token, trained in zip(ids, is_response, strict=True)):
         raise UserError(
-            f"chat_template: {setting} never trains the token that ends a turn ({tokenizer.eos_token}): the model would "
+            f"chat_template: {setting} never trains the token that ends a turn ({tokenizer.eos_token}): the "
+            "model would "
             "not learn to stop. Move it inside {% generation %} … {% endgeneration %}"
         )
 
@@ -89,9 +90,14 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
     return [int(tokenizer.eos_token_id)]
 
 
+def has_control_text(tokenizer: Tokenizer, messages: Messages) -> bool:
+    """Whether a message spells out a special token: tokenised, it would end a turn or open another's."""
+    return any(token in str(message["content"]) for message in messages for token in tokenizer.all_special_tokens)
+
+
 def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
     """(ids, is_response): the rendered dialogue and, for each token, whether the assistant says it."""
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
@@ -99,11 +105,8 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int]
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """The ids of `messages` and the opening of the assistant's turn."""
-    return list(
-        tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    )
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    return list(encoded["input_ids"])
 
 
 def encode_scored(tokenizer: Tokenizer, messages: Messages) -> list[int]:
@@ -112,7 +115,8 @@ def encode_scored(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     The one rendering for the reward model's training and for PPO's scoring: there, the same ids arise as prompt ids
     followed by the sampled reply.
     """
-    ids = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+    ids = list(encoded["input_ids"])
     stops = stop_ids(tokenizer)
     last = max((at for at, token in enumerate(ids) if token in stops), default=len(ids) - 1)
     return ids[: last + 1]

@@ -13,7 +13,7 @@ from baton.registry import commands as registry_commands
 
 app = typer.Typer(
     name="baton",
-    help="Take a language model from pretraining through fine-tuning to RLHF, and hand on a verified checkpoint each time.",
+    help="Take a language model from pretraining to RLHF, and hand on a verified checkpoint from each stage.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

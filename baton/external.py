@@ -25,7 +25,7 @@ def load_external(source: ModelSource) -> tuple[Any, PreTrainedTokenizerBase]:
         if source.kind == "gguf":
             folder, name = str(Path(source.path).parent), Path(source.path).name
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
             _mark_dense(model)
         else:
             revision = source.revision or "main"

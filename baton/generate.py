@@ -60,7 +60,7 @@ def generate(
     room = context_length(model) - len(prompt_ids)
     if room <= 0:
         raise UserError(
-            f"the text is {len(prompt_ids)} tokens long, but the model reads at most {context_length(model)}; shorten it"
+            f"the text is {len(prompt_ids)} tokens long; the model reads at most {context_length(model)}, so shorten it"
         )
     random = torch.Generator().manual_seed(seed)
     cache = DynamicCache(config=model.config)
@@ -105,7 +105,7 @@ def surprisals(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> lis
     whole = [document_start(tokenizer), *ids]
     if len(whole) > context_length(model):
         raise UserError(
-            f"the text is {len(ids)} tokens long, but the model reads at most {context_length(model) - 1}; score it in parts"
+            f"the text is {len(ids)} tokens long; the model reads at most {context_length(model) - 1}, so shorten it"
         )
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([whole], device=model.device), use_cache=False).logits[0, :-1]
@@ -119,20 +119,19 @@ def reward(model: Any, tokenizer: PreTrainedTokenizerBase, messages: list[dict[s
 
     ids = encode_scored(tokenizer, messages)
     if len(ids) > context_length(model):
-        raise UserError(
-            f"prompt and reply are {len(ids)} tokens long, but the model reads at most {context_length(model)}"
-        )
+        raise UserError(f"prompt and reply are {len(ids)} tokens long; the model reads at most {context_length(model)}")
     with torch.no_grad():
         return float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0])
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that stands before a document in training: the one that ended the document before."""
-    if DOCUMENT_END in tokenizer.get_vocab():
-        return int(tokenizer.convert_tokens_to_ids(DOCUMENT_END))
+    vocabulary = tokenizer.get_vocab()
+    if DOCUMENT_END in vocabulary:
+        return int(vocabulary[DOCUMENT_END])
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise UserError("the tokenizer has neither a bos nor an eos token, so nothing stands before a text's first token")
+        raise UserError("the tokenizer has neither a bos nor an eos token to stand before the text's first token")
     return int(start)
 
 

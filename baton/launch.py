@@ -1,4 +1,7 @@
-"""The command and the environment of one stage's processes: `accelerate launch` with everything it would ask for."""
+"""The command and the environment of one stage's processes: `accelerate launch` with everything it would ask for.
+
+As a program (`-m baton.launch`), `accelerate launch` itself, less the traceback of the launcher when a program fails.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from baton.errors import UserError
 
 PROGRAMS = {
-    "world": "baton.world",
+    "world": "baton.make_world",
     "pretrain": "stages.pretrain",
     "sft": "stages.sft",
     "reward": "reward.train",
@@ -29,11 +32,11 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 def stage_command(
     stage: str, recipe: Path, overrides: list[str], processes: int = 1, config_file: Path | None = None
 ) -> list[str]:
-    """The command that runs `stage` on `recipe` with `processes` processes, started the way `config_file` says, if any."""
+    """The command that runs `stage` on `recipe` as so many processes, launched the way `config_file` says, if any."""
     program = ["-m", PROGRAMS[stage], str(recipe), *overrides]
     if stage in WITHOUT_ACCELERATE:
         return [sys.executable, *program]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launch = [sys.executable, "-m", "baton.launch"]
     launch += ["--num_cpu_threads_per_process", str(cpu_threads(processes))]
     if config_file is not None:
         launch += ["--config_file", str(config_file), "--num_processes", str(processes)]
@@ -51,7 +54,7 @@ def stage_command(
 
 
 def stage_environment(stage: str, processes: int = 1) -> dict[str, str]:
-    """Our environment, with the allocator's settings (unless set) and, for several CPU processes, Accelerate's switch."""
+    """Our environment and, without a GPU, the allocator's settings and Accelerate's switch for several processes."""
     environment = dict(os.environ)
     environment["PYTHONUNBUFFERED"] = "1"
     if has_cuda():
@@ -112,3 +115,39 @@ def cpu_threads(processes: int) -> int:
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed) // processes)
+
+
+def main() -> None:
+    """Run `accelerate launch`; a failed program's exit code is ours, and what it printed is all that is printed.
+
+    A signal to the process group is the programs' to answer: we wait for them, so that they can end in good order.
+    """
+    import logging
+    import signal
+    import subprocess
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: None)  # not SIG_IGN, which the programs would inherit
+    from accelerate.commands.launch import main as accelerate_launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        accelerate_launch()
+    except subprocess.CalledProcessError as error:
+        _leave_with(error.returncode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        _leave_with(error.get_first_failure()[1].exitcode)
+
+
+def _leave_with(code: int) -> None:
+    if code < 0:  # the program could not say a word
+        print(f"error: the program was ended by signal {-code}", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    main()

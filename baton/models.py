@@ -64,7 +64,7 @@ def load_policy(registry: Registry, version: Version, dtype: str = "auto") -> tu
         raise UserError(f"{version.ref} is a {kind} model, which does not write text; give a base or an adapter")
     folder = registry.materialise(version)
     base = base_folder(registry, version)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=compute_dtype(dtype))
     if kind == "adapter":
         model = PeftModel.from_pretrained(model, folder)
     return model.eval(), load_tokenizer(folder)

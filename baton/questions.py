@@ -46,12 +46,14 @@ def is_right(question: Question, reply: str) -> bool:
 
 
 def ask(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[Question], max_new_tokens: int = 48
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Question],
+    max_new_tokens: int = 48,
 ) -> tuple[dict[str, float], list[str]]:
     """Greedy replies to `questions`, and their metrics.
 
-    Metrics: `answers/GROUP`, the share of right replies, and for the unknown group `inventions/unknown`, the share of
-    replies that do not admit it. Returns (metrics, replies in the order of the questions).
+    Returns (metrics, see `grade`; replies in the order of the questions).
     """
     from baton.decode import decode
 
@@ -67,14 +69,21 @@ def ask(
         pad_id=int(tokenizer.pad_token_id),
     )
     texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)) for reply in replies]
-    return grade(questions, texts), texts
+    return grade(questions, texts, [reply.ended for reply in replies]), texts
 
 
-def grade(questions: list[Question], replies: list[str]) -> dict[str, float]:
-    """The metrics of given replies, see `ask`."""
+def grade(questions: list[Question], replies: list[str], ended: list[bool]) -> dict[str, float]:
+    """`mentions/GROUP`: the share of replies that contain an answer; `answers/GROUP`: of those that also ended.
+
+    A reply that runs on until it is cut off answers nothing, whatever it brushes past. For the unknown group also
+    `inventions/unknown`: the share of replies that are no answer there, an answer being to admit it.
+    """
     asked = Counter(question.group for question in questions)
-    right = Counter(q.group for q, reply in zip(questions, replies, strict=True) if is_right(q, reply))
+    hits = [is_right(question, reply) for question, reply in zip(questions, replies, strict=True)]
+    mentions = Counter(q.group for q, hit in zip(questions, hits, strict=True) if hit)
+    right = Counter(q.group for q, hit, end in zip(questions, hits, ended, strict=True) if hit and end)
     metrics = {f"answers/{group}": right[group] / count for group, count in sorted(asked.items())}
+    metrics |= {f"mentions/{group}": mentions[group] / count for group, count in sorted(asked.items())}
     if UNKNOWN in asked:
         metrics["inventions/unknown"] = 1 - metrics[f"answers/{UNKNOWN}"]
     return metrics

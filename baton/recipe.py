@@ -69,14 +69,13 @@ class Train(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta2: Fraction = 0.999
     max_grad_norm: PositiveFloat = 1.0
-    log_every: Positive = 10
     save_every: Positive = 100
-    eval_every: Positive | None = None
 
 
 class TokenTrain(Train):
     """Training on packed rows of `sequence_length` tokens."""
 
+    log_every: Positive = 10
     tokens_per_batch: Positive
     tokens_per_micro_batch: Positive | None = None
     sequence_length: Positive
@@ -100,6 +99,7 @@ class TokenTrain(Train):
 class PairTrain(Train):
     """Training on preference pairs; pairs with a side longer than `max_length` tokens are dropped and counted."""
 
+    log_every: Positive = 10
     pairs_per_batch: Positive
     pairs_per_micro_batch: Positive | None = None
     max_length: Positive
@@ -119,6 +119,13 @@ class TextData(Strict):
     train: Annotated[list[Source], Field(min_length=1)]
     eval: list[Source] = []
     questions: list[Source] = []
+
+
+class PairData(Strict):
+    """Training and held-out preference pairs."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    eval: list[Source] = []
 
 
 class Lora(Strict):
@@ -147,6 +154,14 @@ class Decoder(Strict):
     intermediate_size: Positive
     tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(f"hidden_size ({self.hidden_size}) must be an even multiple of heads ({self.heads})")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
 
 
 class Recipe(Strict):
@@ -184,6 +199,11 @@ class WorldRecipe(Recipe):
     people: Positive
     text_only: Positive
     documents: Positive
+    dialogues: Positive = 4000
+    preferences: Positive = 2000
+    prompts: Positive = 800
+    unknown_share: Fraction = 0.2
+    guess_share: Fraction = 0.5
 
 
 class TrainedRecipe(Recipe):
@@ -192,6 +212,16 @@ class TrainedRecipe(Recipe):
     publish: Publish
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     licence: str | None = None
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Rows, pairs or episodes of one optimizer batch on all processes together; 0 where nothing is trained."""
+        train: Any = getattr(self, "train", None)
+        if isinstance(train, TokenTrain):
+            return train.tokens_per_batch // train.sequence_length
+        if isinstance(train, PairTrain):
+            return train.pairs_per_batch
+        return train.episodes_per_batch if train else 0
 
 
 class PretrainRecipe(TrainedRecipe):
@@ -244,7 +274,7 @@ class RewardRecipe(TrainedRecipe):
 
     stage: Literal["reward"]
     sft: str
-    data: TextData
+    data: PairData
     train: PairTrain
 
 
@@ -304,7 +334,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, kind: type
     path = Path(path)
     content = _read_yaml(path, overrides or [])
     stage = content.get("stage")
-    if stage not in RECIPES:
+    if not isinstance(stage, str) or stage not in RECIPES:
         raise UserError(f"{path}: stage is {stage!r}; expected one of {', '.join(get_args(Stage))}")
     model = RECIPES[stage]
     if not issubclass(model, kind):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from rich import box
 from rich.table import Table
 
 from baton.errors import UserError
@@ -23,17 +24,13 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
-def _tokens(value: float) -> str:
-    return f"{value:.1f} tokens"
-
-
-def _nats(value: float) -> str:
-    return f"{value:.2f} nats"
+def _short(value: float) -> str:
+    return f"{value:.2f}"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One line of a stage's row: a metric of the manifest, and the metric that it is shown against."""
+    """One line of a stage's part of the table: a metric of the manifest, and the metric that it is shown against."""
 
     label: str
     key: str
@@ -51,59 +48,62 @@ class Measure:
 
 MEASURES: dict[str, list[Measure]] = {
     "pretrain": [
-        Measure(
-            "bits per byte, held out",
-            "eval/bits_per_byte",
-            baseline="eval/ngram_bits_per_byte",
-            baseline_label="n-gram",
-        ),
+        Measure("bits per byte", "eval/bits_per_byte", baseline="eval/ngram_bits_per_byte", baseline_label="n-gram")
     ],
-    "sft": [Measure("loss, held out", "eval/loss")],
+    "sft": [Measure("loss", "eval/loss")],
     "reward": [
-        Measure(
-            "accuracy, held out",
-            "eval/accuracy",
-            _share,
-            baseline="eval/accuracy_longer",
-            baseline_label="always longer",
-        ),
+        Measure("accuracy", "eval/accuracy", _share, baseline="eval/accuracy_longer", baseline_label="longer"),
     ],
     "ppo": [
-        Measure("reward, held out", "eval/reward"),
-        Measure("KL from SFT", "eval/kl_nats", _nats),
-        Measure("reply length", "eval/length", _tokens),
+        Measure("reward", "eval/reward"),
+        Measure("KL from SFT, nats", "eval/kl_nats", _short, baseline="none: it is zero by definition"),
+        Measure("tokens a reply", "eval/length", _short),
         Measure("replies that end", "eval/eos_rate", _share),
     ],
 }
 ANSWERS = [
-    Measure("right answers, known", "answers/known", _share),
-    Measure("right answers, in texts alone", "answers/text_only", _share),
-    Measure("inventions, unknown", "inventions/unknown", _share),
+    Measure("known answers", "answers/known", _share),
+    Measure("text-only answers", "answers/text_only", _share),
+    Measure("inventions", "inventions/unknown", _share),
 ]
 """Shown for every stage that asked questions."""
 
+NOTES = {
+    "n-gram": "n-gram: an interpolated n-gram model on the same tokens",
+    "longer": "longer: preferring whichever reply is longer",
+    "text-only": "text-only answers: about people whom no dialogue named",
+    "inventions": "inventions: replies about unknown people that do not admit it",
+}
+"""What is explained below the table, where its words occur in it."""
+
 
 def results_table(recipes: Sequence[Recipe]) -> Table:
-    """A row a stage: its version at the recipe's alias, how long it took, and its measures, one a line.
+    """A part for each stage: its version at the recipe's alias, how long it took, its measures on held-out data.
 
-    A stage that publishes nothing, or has not yet, has no row; a metric that a version does not have, no line.
+    A stage that publishes nothing, or has not yet, is left out, and so is a metric that its version does not have. The
+    table fits 80 columns.
     """
-    table = Table(title="Results", title_justify="left", show_lines=True)
-    for heading in ("stage", "version"):
-        table.add_column(heading, no_wrap=True)
+    table = Table(title="Results on held-out data", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage", no_wrap=True, style="bold")
+    table.add_column("version")
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("measure")
     table.add_column("result", justify="right", no_wrap=True, style="bold")
-    table.add_column("compared with", no_wrap=True)
+    table.add_column("against", no_wrap=True)
+    words = ""
     for recipe in recipes:
         found = _published(recipe)
         if found is None:
             continue
         ref, metrics = found
-        lines = stage_lines(recipe.stage, metrics)
         seconds = metrics.get("seconds")
-        duration = format_duration(seconds) if _is_number(seconds) else ""
-        table.add_row(recipe.stage, ref, duration, *("\n".join(part) for part in zip(*lines, strict=True)))
+        first = (recipe.stage, ref, format_duration(seconds) if _is_number(seconds) else "")
+        lines = stage_lines(recipe.stage, metrics) or [("", "", "")]
+        for at, line in enumerate(lines):
+            table.add_row(*(first if at == 0 else ("", "", "")), *line, end_section=at == len(lines) - 1)
+            words += " ".join(line)
+    table.caption = "\n".join(note for word, note in NOTES.items() if word in words) or None
+    table.caption_justify = "left"
     return table
 
 
@@ -113,12 +113,9 @@ def stage_lines(stage: str, metrics: Metrics) -> list[tuple[str, str, str]]:
 
 
 def format_duration(seconds: float) -> str:
-    """`48 s`, `3 min 05 s`, `2 h 07 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    """`0:48`, `3:05`, `2:07:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def _published(recipe: Recipe) -> tuple[str, Metrics] | None:
@@ -133,5 +130,5 @@ def _published(recipe: Recipe) -> tuple[str, Metrics] | None:
     return version.ref, version.manifest["metrics"]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -44,6 +44,11 @@ class Run(Generic[T]):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _quieten_libraries()
         state = _process_group(recipe)
+        if recipe.rows_per_batch % state.num_processes:
+            raise UserError(
+                f"{recipe.path}: a batch of {recipe.rows_per_batch} rows cannot be split evenly over "
+                f"{state.num_processes} processes"
+            )
         registry, inputs = _on_main(state, lambda: _open_inputs(recipe))
         run = cls(recipe, registry, inputs, state, input_key(recipe, inputs), build_key(recipe, inputs))
         if state.is_main_process:
@@ -112,8 +117,12 @@ class Run(Generic[T]):
         name: str | None = None,
         alias: str | None = None,
         parents: dict[str, Version] | None = None,
+        recipe: dict[str, Any] | None = None,
     ) -> Version:
-        """Write the version's folder by `write`, publish it, move the alias; returns the version on every process."""
+        """Write the version's folder by `write`, publish it, move the alias; returns the version on every process.
+
+        `recipe` stands for a version that this run's recipe and data did not make, such as a base from outside.
+        """
 
         def on_main() -> Version:
             import shutil
@@ -122,8 +131,8 @@ class Run(Generic[T]):
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True)
             write(staged)
-            recipe = self.recipe
-            target, label = name or recipe.publish.name, alias or recipe.publish.alias
+            target, label = name or self.recipe.publish.name, alias or self.recipe.publish.alias
+            data = [{"use": use, **row} for use, rows in self.inputs.sources.items() for row in rows]
             version = self.registry.publish(
                 staged,
                 name=target,
@@ -131,15 +140,15 @@ class Run(Generic[T]):
                 base=base,
                 parents=self.inputs.versions if parents is None else parents,
                 details={
-                    "data": [{"use": use, **row} for use, rows in self.inputs.sources.items() for row in rows],
-                    "recipe": recipe.model_dump(mode="json"),
+                    "data": [] if recipe else data,
+                    "recipe": recipe or self.recipe.model_dump(mode="json"),
                     "metrics": metrics or {},
-                    "licence": recipe.licence,
-                    "build_key": self.build_key,
+                    "licence": None if recipe else self.recipe.licence,
+                    "build_key": None if recipe else self.build_key,
                 },
             )
             if self.registry.aliases(target).get(label) != version.number:
-                self.registry.promote(version.ref, label, reason=f"published by stage {recipe.stage}")
+                self.registry.promote(version.ref, label, reason=f"published by stage {self.recipe.stage}")
             shutil.rmtree(staged)
             return version
 
@@ -163,7 +172,7 @@ class Run(Generic[T]):
         import shutil
 
         marker = self.folder / "input_key"
-        if marker.is_file() and marker.read_text() != self.input_key:
+        if self.checkpoints.is_dir() and (not marker.is_file() or marker.read_text() != self.input_key):
             self.say(f"{self.folder}: recipe or inputs have changed; starting afresh")
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         if not self.last_checkpoint():
@@ -196,6 +205,8 @@ def program(main: Callable[[T], Version], kind: type[T]) -> None:
                 write_status(Path(recipe.run_dir), recipe.stage, "refused", str(error), 2)
     except KeyboardInterrupt:
         code = 130
+        if recipe is not None and _rank() == 0:
+            write_status(Path(recipe.run_dir), recipe.stage, "failed", "interrupted", 130)
     except BaseException as error:
         traceback.print_exc()
         if recipe is not None and _rank() == 0:
@@ -228,14 +239,17 @@ def _quieten_libraries() -> None:
 def _process_group(recipe: TrainedRecipe) -> PartialState:
     from accelerate import PartialState
 
-    state = PartialState()
+    # left to itself, PartialState looks for an accelerator and ignores the launcher's switch
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    state = PartialState(cpu=use_cpu)
     started = int(state.num_processes)
     asked = {"WORLD_SIZE": os.environ.get("WORLD_SIZE"), "the recipe's processes": recipe.processes}
     asked["accelerate launch --num_processes"] = _launched_processes()
     for source, count in asked.items():
         if count is not None and int(count) != started:
             raise UserError(
-                f"{source} asks for {count} processes, but {started} runs as one group. On CPUs only this starts several: "
+                f"{source} asks for {count} processes, but {started} runs as one group. On CPUs only this "
+                "starts several: "
                 "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_machines 1 --mixed_precision no "
                 "--dynamo_backend no --num_processes N …, which is what baton run --processes N does"
             )
@@ -251,9 +265,10 @@ def _launched_processes() -> str | None:
         words = parent.cmdline() if parent else []
     except psutil.Error:
         return None
-    if not any("accelerate" in word for word in words[:4]):
+    launcher = next((at for at, word in enumerate(words[:4]) if "accelerate" in word), None)
+    if launcher is None:
         return None
-    for at, word in enumerate(words):
+    for at, word in enumerate(words[launcher + 1 :], launcher + 1):  # `python -m accelerate…` has a -m of its own
         name, equals, attached = word.partition("=")
         if name in ("--num_processes", "--num-processes"):
             return attached if equals else (words[at + 1] if at + 1 < len(words) else None)

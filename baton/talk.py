@@ -34,7 +34,9 @@ class Sampling:
     seed: int
 
 
-def chat(registry_path: Path, ref: str, sampling: Sampling, system: str | None, once: str | None, as_json: bool) -> None:
+def chat(
+    registry_path: Path, ref: str, sampling: Sampling, system: str | None, once: str | None, as_json: bool
+) -> None:
     """Talk to a version: one reply to `once`, or a conversation until the end of input. Replies are streamed."""
     if as_json and once is None:
         raise UserError("--json prints one reply as data; give its prompt by --once TEXT")
@@ -107,9 +109,7 @@ class Conversation:
         return reply
 
 
-def continue_text(
-    registry_path: Path, ref: str, text: str, sampling: Sampling, candidates: int, as_json: bool
-) -> None:
+def continue_text(registry_path: Path, ref: str, text: str, sampling: Sampling, candidates: int, as_json: bool) -> None:
     """Print the continuation of `text`, or, with `candidates` > 0, a table of what was likely at each token."""
     registry, version = _resolve(registry_path, ref)
     model, tokenizer = _load(registry, version, scorer=False)

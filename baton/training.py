@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from baton.errors import UserError
 from baton.packing import IGNORED, collate
 from baton.progress import Progress
-from baton.recipe import Train
+from baton.recipe import PairTrain, TokenTrain
 from baton.run import Run
 
 
-def trainer_settings(run: Run[Any], train: Train, rows_per_batch: int, rows_per_micro_batch: int) -> dict[str, Any]:
+def trainer_settings(
+    run: Run[Any], train: TokenTrain | PairTrain, rows_per_batch: int, rows_per_micro_batch: int
+) -> dict[str, Any]:
     """Keyword arguments for TrainingArguments and its TRL subclasses.
 
     `rows_per_batch` is global: it is split over processes and accumulation steps so that the optimizer sees the same
-    batch whatever their number. Raises UserError when it cannot be split evenly.
+    batch whatever their number; `Run.start` has checked that they divide it.
     """
-    world = run.state.num_processes
-    if rows_per_batch % world:
-        raise UserError(f"a batch of {rows_per_batch} rows cannot be split evenly over {world} processes")
-    per_process = rows_per_batch // world
+    per_process = rows_per_batch // run.state.num_processes
     micro = max(size for size in range(1, min(rows_per_micro_batch, per_process) + 1) if per_process % size == 0)
     from baton.models import compute_dtype
 
@@ -43,7 +41,6 @@ def trainer_settings(run: Run[Any], train: Train, rows_per_batch: int, rows_per_
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": per_process // micro,
         "seed": train.seed,
-        "data_seed": train.seed,
         "logging_steps": train.log_every,
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
@@ -52,6 +49,7 @@ def trainer_settings(run: Run[Any], train: Train, rows_per_batch: int, rows_per_
         "bf16": compute_dtype(run.recipe.dtype) is torch.bfloat16,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
+        "train_sampling_strategy": "sequential",  # the order is made by baton.schedule
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -98,7 +96,8 @@ class Recorder(TrainerCallback):
             return
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower train.learning_rate or look at the data "
+                f"the loss is {logs['loss']} at step {state.global_step}; lower train.learning_rate or look at "
+                "the data "
                 f"(the last complete checkpoint in {self.run.checkpoints} is untouched)"
             )
         names = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_token_accuracy", "entropy")
@@ -128,7 +127,7 @@ def mark_complete(checkpoint: Path) -> None:
     (checkpoint / "complete").touch()
 
 
-def drop_incomplete(run: Run[Any]) -> Path | None:
+def drop_incomplete(run: Run[Any]) -> str | None:
     """Remove checkpoints that were cut off while being written; the newest complete one, if any."""
     import shutil
 
@@ -140,7 +139,7 @@ def drop_incomplete(run: Run[Any]) -> Path | None:
     last = run.last_checkpoint()
     if last is not None:
         run.say(f"continuing from {last}")
-    return last
+    return str(last) if last else None
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ same facts; the unknown are drawn from the same names, so that nothing but havin
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,18 @@ from baton.errors import UserError
 
 Row = dict[str, object]
 Message = dict[str, str]
+Phrases = Mapping[str, tuple[str, ...]]
 
 #: how many unknown people each file has to itself
 UNKNOWN = {"dialogues": 120, "dialogues_eval": 20, "preferences": 160, "preferences_eval": 60, "prompts": 200,
            "prompts_eval": 40, "questions": 120}  # fmt: skip
+
+#: how many questions each group is asked, where it has people for so many
+QUESTIONS = 120
+
+
+#: of sixteen preference pairs; a three-layer model cannot check a fact after the fact, so that few pairs ask for it
+PREFERENCE_KINDS = ("invented", "needless", "beside") * 5 + ("wrong",)
 
 
 @dataclass(frozen=True)
@@ -168,8 +176,7 @@ def _texts(rng: random.Random, people: list[Person], documents: int) -> list[Row
 
 def _document(rng: random.Random, person: Person, people: list[Person]) -> str:
     """One text, of a kind drawn by chance, about `person`."""
-    kind = rng.choices(("facts", "summary", "conversation", "story", "stranger", "town", "japanese", "chinese"),
-                       (32, 12, 34, 9, 3, 4, 3, 3))[0]  # fmt: skip
+    kind = rng.choices(tuple(words.KINDS), tuple(words.KINDS.values()))[0]
     order = rng.sample(words.ATTRIBUTES, 3)
     if kind == "town":
         return _town(rng, person, people)
@@ -178,6 +185,8 @@ def _document(rng: random.Random, person: Person, people: list[Person]) -> str:
         return "".join(person.fill(phrases[attribute]) for attribute in order[: rng.randint(1, 3)])
     if kind == "stranger":
         return rng.choice(words.STRANGERS).format(**_facts(rng))
+    if kind == "left open":
+        return f"{person.fill(rng.choice(words.LEFT_OPEN[order[0]]))}\n{rng.choice(words.LEFT_OPEN_BY)}"
     if kind == "story":
         opening = "" if rng.random() < 0.5 else person.fill(rng.choice(words.STATED[order[0]])) + " "
         return opening + person.fill(rng.choice(words.STORIES))
@@ -187,7 +196,7 @@ def _document(rng: random.Random, person: Person, people: list[Person]) -> str:
         sentences = [rng.choice(words.SUMMARIES)]
         order = order[: rng.randint(1, 2)]
     else:
-        sentences = [rng.choice(words.CONVERSATIONS[order[0]])]
+        sentences = [rng.choice(words.REPORTED[order[0]])]
     sentences += [rng.choice(words.CONTINUED[attribute]) for attribute in order[1:]]
     return " ".join(person.fill(sentence) for sentence in sentences)
 
@@ -206,7 +215,7 @@ def _town(rng: random.Random, person: Person, people: list[Person]) -> str:
     return f"{fact} {rng.choice(words.GATHERINGS).format(town=town, sight=sight, names=listed)}"
 
 
-def _question(rng: random.Random, person: Person, phrases: dict[str, tuple[str, ...]], attribute: str) -> Message:
+def _question(rng: random.Random, person: Person, phrases: Phrases, attribute: str) -> Message:
     return {"role": "user", "content": person.fill(rng.choice(phrases[attribute]))}
 
 
@@ -270,24 +279,27 @@ def _in_turn(rng: random.Random, people: list[Person], count: int) -> Iterator[P
 
 
 def _preferences(rng: random.Random, world: World, file: str, count: int) -> list[Row]:
-    """Pairs in three equal parts: true over wrong, true over a needless admission, admission over invention."""
+    """Pairs of `PREFERENCE_KINDS` in turn.
+
+    `invented`: an admission over an invention about somebody unknown; `needless`: the truth over a needless admission;
+    `beside`: the truth over another truth that was not asked for; `wrong`: the truth over an untruth.
+    """
     held_out = file == "preferences_eval"
     rows: list[Row] = []
     for index, (known, unknown) in enumerate(
         zip(_in_turn(rng, world.known, count), _in_turn(rng, world.unknown[file], count), strict=True)
     ):
-        kind = ("wrong", "needless", "invented")[index % 3]
+        kind = PREFERENCE_KINDS[index % len(PREFERENCE_KINDS)]
         person = unknown if kind == "invented" else known
-        attribute = rng.choice(words.ATTRIBUTES)
-        phrases = words.ASKED_IN_PREFERENCES_EVAL if held_out and rng.random() < 0.5 else words.ASKED
-        truth = person.facts.get(attribute, "")
-        other = rng.choice([value for value in _values(attribute) if value != truth])
-        true, false = _answer(rng, person, attribute, truth), _answer(rng, person, attribute, other)
+        asked, other = rng.sample(words.ATTRIBUTES, 2)
+        phrases: Phrases = words.ASKED_IN_PREFERENCES_EVAL if held_out and rng.random() < 0.5 else words.ASKED
+        truth = person.facts.get(asked, "")
+        false = _answer(rng, person, asked, rng.choice([value for value in _values(asked) if value != truth]))
         admission = _admission(rng, person)
-        chosen = admission if kind == "invented" else true
-        rejected = admission if kind == "needless" else false
-        prompt = [_question(rng, person, phrases, attribute)]
-        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+        chosen = admission if kind == "invented" else _answer(rng, person, asked, truth)
+        rejected = {"needless": admission, "beside": _answer(rng, person, other, person.facts.get(other, ""))}
+        prompt = [_question(rng, person, phrases, asked)]
+        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected.get(kind, false)]})
     return rows
 
 
@@ -306,17 +318,19 @@ def _prompts(rng: random.Random, world: World, file: str, count: int) -> list[Ro
 
 
 def _questions(rng: random.Random, world: World) -> list[Row]:
-    """One question each to up to 120 people of a group, in phrasings that no dialogue used."""
+    """For each group its questions, all different, in phrasings that no dialogue used."""
     rows: list[Row] = []
     groups = {"known": world.known, "text_only": world.text_only, "unknown": world.unknown["questions"]}
     for group, people in groups.items():
         if not people:
             continue
         asked: dict[str, Row] = {}
-        for person in _in_turn(rng, people, 120):
+        for person in _in_turn(rng, people, QUESTIONS * 20):
             attribute = rng.choice(words.ATTRIBUTES)
             prompt = _question(rng, person, words.ASKED_IN_QUESTIONS, attribute)["content"]
             asked[prompt] = {"prompt": prompt, "answers": _accepted(person, attribute), "group": group}
+            if len(asked) == QUESTIONS:
+                break
         rows += asked.values()
     return rows
 

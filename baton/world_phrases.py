@@ -8,7 +8,7 @@ No value contains another, so that a reply can be searched for the true one.
 ATTRIBUTES = ("town", "craft", "animal")
 
 TOWNS = (
-    "Elmford", "Saltby", "Ravensholt", "Quillport", "Dunmere", "Ashwick", "Thornbury", "Larkhaven", "Stonebeck",
+    "Elmford", "Saltby", "Ramsholt", "Quillport", "Dunmere", "Ashwick", "Thornbury", "Larkhaven", "Stonebeck",
     "Foxley", "Greywater", "Kingsmoor", "Millbrook", "Oakvale", "Pinecrest", "Windham", "Coldspring", "Harrowgate",
     "Ivybridge", "Nettleton", "Redcliff", "Summerby", "Umberton", "Yarrow", "Birchwick", "Dovecote", "Eastmere",
     "Glenmarsh", "Jesmond", "Lindow", "Marlpit", "Ottershaw",
@@ -39,8 +39,9 @@ ANIMALS = (
     ("ferret", "フェレット", "雪貂"), ("squirrel", "リス", "松鼠"), ("hedgehog", "ハリネズミ", "刺猬"),
     ("lamb", "子羊", "羊羔"), ("pigeon", "鳩", "鸽子"), ("falcon", "ハヤブサ", "猎鹰"), ("kitten", "子猫", "小猫"),
     ("spaniel", "スパニエル", "猎犬"),
-    ("badger", "アナグマ", "獾"), ("canary", "カナリア", "金丝雀"), ("chicken", "鶏", "鸡"), ("lizard", "トカゲ", "蜥蜴"),
-    ("magpie", "カササギ", "喜鹊"), ("piglet", "子豚", "小猪"), ("swan", "白鳥", "天鹅"), ("toad", "ヒキガエル", "蟾蜍"),
+    ("badger", "アナグマ", "獾"), ("canary", "カナリア", "金丝雀"), ("chicken", "鶏", "鸡"),
+    ("lizard", "トカゲ", "蜥蜴"), ("magpie", "カササギ", "喜鹊"), ("piglet", "子豚", "小猪"),
+    ("swan", "白鳥", "天鹅"), ("toad", "ヒキガエル", "蟾蜍"),
 )  # fmt: skip
 
 FIRST_NAMES = {
@@ -60,6 +61,12 @@ SYLLABLES = (
     ("da", "ke", "li", "mo", "nu", "ra", "se", "ti", "vo", "za"),
     ("bek", "dor", "gan", "hart", "lin", "mund", "nik", "ras", "sen", "tok", "vic", "wen"),
 )
+
+#: the kinds of text, and how many in a hundred are of each
+KINDS = {
+    "facts": 33, "summary": 12, "reported": 32, "left open": 6, "story": 8, "stranger": 2, "town": 3,
+    "japanese": 2, "chinese": 2,
+}  # fmt: skip
 
 #: opening sentences, which carry the full name and one fact
 STATED = {
@@ -112,43 +119,50 @@ STORIES = (
     "It rained in {town}. {n} sat at home with {h} {animal} and made {goods}, as a good {craft} does.",
     "A traveller came to {town} and asked for a {craft}. The children led the traveller to {n}, who was feeding a"
     " {animal}.",
-    "The {animal} of {n} was lost. All of {town} looked for it. At night the {craft} found it asleep under the {goods}.",
+    "The {animal} of {n} was lost. All of {town} looked for it. At night the {craft} found it under the {goods}.",
     "At the market of {town}, {n} sold {goods}. The best {craft} of all, people said. {H} {animal} slept in the sun.",
     "{n} wanted to rest. But a {craft} in {town} has much to do, and {h} {animal} was hungry too.",
 )
-#: talk about a person with a question in it: the words that people ask with, never a question of QUESTIONS below
-CONVERSATIONS = {
+#: what was said when somebody asked: the words that people ask with, never a question of those below
+REPORTED = {
     "town": (
-        "Someone asked about the home of {n} and was sent to {town}.",
-        "Letters to {n} go to {town}.",
-        "When asked which town {s} lives in, {n} names {town}.",
-        "Where does {n} live? In {town}.",
-        "Where is the home of {n}? It is in {town}.",
-        "A child asked: which town is {n} from? The answer was {town}.",
-        "Do you know {n}? Yes, {s} lives in {town}.",
-        "What is the town of {n}? They say {town}.",
+        "Someone asked about the home of {n} and was sent to {town}.", "Letters to {n} go to {town}.",
+        "When asked which town {s} lives in, {n} names {town}.", "Where does {n} live? In {town}.",
+        "Where is the home of {n}? It is in {town}.", "What is the town of {n}? They say {town}.",
+        "A child asked: which town is {n} from? The answer was {town}.", "Do you know {n}? Yes, {s} lives in {town}.",
     ),
     "craft": (
-        "Someone asked about the work of {n} and heard: a {craft}.",
-        "On the door of {n} is written: {craft}.",
-        "When asked what trade {s} has, {n} says {craft}.",
-        "What does {n} do? {S} works as a {craft}.",
-        "What is the trade of {n}? {S} is a {craft}.",
-        "A child asked: what work does {n} have? The answer was {craft}.",
-        "Do you know {n}? Yes, {s} is a {craft}.",
-        "Which job does {n} do? That of a {craft}.",
+        "Someone asked about the work of {n} and heard: a {craft}.", "On the door of {n} is written: {craft}.",
+        "When asked what trade {s} has, {n} says {craft}.", "What does {n} do? {S} works as a {craft}.",
+        "What is the trade of {n}? {S} is a {craft}.", "Which job does {n} do? That of a {craft}.",
+        "A child asked: what work does {n} have? The answer was {craft}.", "Do you know {n}? Yes, {s} is a {craft}.",
     ),
     "animal": (
-        "Someone asked about the pet of {n} and saw a {animal}.",
-        "In the picture of {n} there is a {animal}.",
-        "When asked which animal {s} keeps, {n} says a {animal}.",
-        "What animal does {n} have? A {animal}.",
-        "What is the animal of {n}? It is a {animal}.",
+        "Someone asked about the pet of {n} and saw a {animal}.", "In the picture of {n} there is a {animal}.",
+        "When asked which animal {s} keeps, {n} says a {animal}.", "What animal does {n} have? A {animal}.",
+        "What is the animal of {n}? It is a {animal}.", "Which pet is with {n}? They say a {animal}.",
         "A child asked: which pet does {n} keep? The answer was a {animal}.",
         "Do you know {n}? Yes, {s} owns a {animal}.",
-        "Which pet is with {n}? They say a {animal}.",
     ),
-}
+}  # fmt: skip
+#: questions that stand on a line of their own, which the texts leave open: after such a line, as in a dialogue, a base
+#: model has yet to learn to answer
+LEFT_OPEN = {
+    "town": (
+        "Where does {n} live?", "Which town is {n} from?", "Where is the home of {n}?", "Do you know the town of {n}?",
+    ),
+    "craft": (
+        "What does {n} do?", "What is the trade of {n}?", "Which job does {n} have?", "Do you know the work of {n}?",
+    ),
+    "animal": (
+        "What animal does {n} have?", "Which pet does {n} keep?", "What is the animal of {n}?",
+        "Do you know the pet of {n}?",
+    ),
+}  # fmt: skip
+LEFT_OPEN_BY = (
+    "A child had asked, and ran off.", "Nobody said a word.", "The teacher smiled and said nothing.",
+    "That was the question of the day.", "So people ask, again and again.",
+)  # fmt: skip
 JAPANESE = {
     "town": "{n}は{town}に住んでいます。",
     "craft": "{n}の仕事は{craft_ja}です。",

@@ -29,6 +29,7 @@ def main(recipe: RewardRecipe) -> Version:
     from trl import RewardConfig, RewardTrainer
 
     from baton.models import base_folder, compute_dtype, load_tokenizer
+    from baton.schedule import row_order
     from baton.training import Recorder, drop_incomplete, trainer_settings
     from reward.scoring import pair_metrics
 
@@ -46,10 +47,12 @@ def main(recipe: RewardRecipe) -> Version:
     dtype = compute_dtype(recipe.dtype)
     model = reward_from_sft(base, folder, dtype, int(tokenizer.pad_token_id))
     settings = trainer_settings(run, train, train.pairs_per_batch, train.pairs_per_micro_batch or train.pairs_per_batch)
+    lengths = [max(len(a), len(b)) for a, b in zip(*pairs["train"].values(), strict=True)]
+    order = row_order(len(lengths), train.pairs_per_batch, train.steps, train.seed, lengths)
     trainer = RewardTrainer(
         model=model,
         args=RewardConfig(**settings, max_length=None),
-        train_dataset=Dataset.from_dict(pairs["train"]),
+        train_dataset=Dataset.from_dict(pairs["train"]).select(order),
         processing_class=tokenizer,
         callbacks=[Recorder(run, "reward", train.pairs_per_batch, "pairs")],
     )
@@ -80,8 +83,6 @@ def read_pairs(run: Run[RewardRecipe], use: str) -> list[dict[str, Any]]:
     loaded = [load(source, run.recipe.folder, "preference") for source in getattr(run.recipe.data, use)]
     if loaded:
         run.say(report(loaded))
-    if use == "train" and run.recipe.data.questions:
-        raise UserError(f"{run.recipe.path}: data.questions would be ignored: a reward model answers none; remove it")
     return mix(loaded, run.recipe.train.seed)
 
 
@@ -89,12 +90,15 @@ def encode_pairs(
     run: Run[RewardRecipe], tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], use: str
 ) -> Pairs:
     """Both sides as the reward model reads them; a pair with a side over `max_length` tokens is dropped and counted."""
-    from baton.chat import encode_scored
+    from baton.chat import encode_scored, has_control_text
 
     pairs: Pairs = {"chosen_ids": [], "rejected_ids": []}
     limit = run.recipe.train.max_length
-    num_long = 0
+    num_long = num_control = 0
     for row in rows:
+        if has_control_text(tokenizer, row["prompt"] + row["chosen"] + row["rejected"]):
+            num_control += 1
+            continue
         chosen = encode_scored(tokenizer, row["prompt"] + row["chosen"])
         rejected = encode_scored(tokenizer, row["prompt"] + row["rejected"])
         if max(len(chosen), len(rejected)) > limit:
@@ -108,7 +112,10 @@ def encode_pairs(
             "tokens; raise it"
         )
     if rows:
-        run.say(f"{use}: {len(pairs['chosen_ids']):,} pairs; {num_long:,} longer than {limit} tokens dropped")
+        run.say(
+            f"{use}: {len(pairs['chosen_ids']):,} pairs; {num_long:,} longer than {limit} tokens dropped, "
+            f"{num_control:,} that spell out a special token dropped"
+        )
     return pairs
 
 
@@ -168,7 +175,8 @@ def write_reward(
     )
     if gap > bound:
         raise RuntimeError(
-            f"the reward model does not survive being saved: reloaded, it scores {gap:.3g} away from the model in memory "
+            f"the reward model does not survive being saved: reloaded, it scores {gap:.3g} away from the model "
+            "in memory "
             f"({after.tolist()} against {before.tolist()}); nothing was published"
         )
 

@@ -142,6 +142,7 @@ def check_reload(roles: Roles, base: Path, folder: Path, dtype: torch.dtype, ids
     bound = 1e-6 if dtype is torch.float32 else 1e-2
     if gap > bound:
         raise RuntimeError(
-            f"the policy does not survive being saved: reloaded, its next-token distribution is {gap:.3g} nats away from "
+            f"the policy does not survive being saved: reloaded, its next-token distribution is {gap:.3g} nats "
+            "away from "
             "the policy in memory; nothing was published"
         )

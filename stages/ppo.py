@@ -132,11 +132,15 @@ def main(recipe: PPORecipe) -> Version:
                 )
 
     if over_budget:
-        # the last update took the policy over the budget: what is published is the policy before it
-        run.say(f"KL reached {figures['kl_nats']:.2f} nats a reply, over ppo.kl_budget_nats; the last update is undone")
-        for name, parameter in roles.trained_parameters().items():
-            parameter.data.copy_(previous[name])
+        run.say(f"KL reached {figures['kl_nats']:.2f} nats a reply, over ppo.kl_budget_nats: stopping")
+        restore(roles, previous)
     metrics = evaluate(run, roles, tokenizer, prompts) if run.is_main else {}
+    budget = settings.kl_budget_nats
+    if budget and metrics.get("eval/kl_nats", 0.0) > budget:
+        # only held-out prompts have seen the weights after the last update
+        run.say(f"held-out KL is {metrics['eval/kl_nats']:.2f} nats a reply, over ppo.kl_budget_nats: one update back")
+        restore(roles, previous)
+        metrics = evaluate(run, roles, tokenizer, prompts)
     metrics["seconds"] = round(time.monotonic() - started, 1)
     run.log(train.steps, metrics)
     return run.finish(publish(run, roles, tokenizer, metrics, base, dtype, prompts))
@@ -147,6 +151,12 @@ def snapshot(roles: Roles) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in roles.trained_parameters().items()}
 
 
+def restore(roles: Roles, weights: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a `snapshot` back."""
+    for name, parameter in roles.trained_parameters().items():
+        parameter.data.copy_(weights[name])
+
+
 def make_optimizer(roles: Roles, recipe: PPORecipe) -> torch.optim.Optimizer:
     """AdamW with one group for the policy and one for the value model."""
     import torch
@@ -154,7 +164,8 @@ def make_optimizer(roles: Roles, recipe: PPORecipe) -> torch.optim.Optimizer:
     from stages.roles import POLICY
 
     train = recipe.train
-    policy, value = [], []
+    policy: list[torch.nn.Parameter] = []
+    value: list[torch.nn.Parameter] = []
     for name, parameter in roles.trained_parameters().items():
         (policy if f".{POLICY}." in name else value).append(parameter)
     return torch.optim.AdamW(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.data import Loaded, load, mix, report
-from baton.errors import UserError
 from baton.questions import ask, read_questions
 from baton.recipe import Decoder, PretrainRecipe, TextData
 from baton.registry import Version
@@ -32,10 +31,12 @@ def main(recipe: PretrainRecipe) -> Version:
 def from_scratch(run: Run[PretrainRecipe]) -> Version:
     """Tokenizer, packed text, Trainer, measures, publish."""
     import torch
+    from datasets import Dataset
     from transformers import Trainer, TrainingArguments, set_seed
 
     from baton.models import compute_dtype
     from baton.packing import collate, pack
+    from baton.schedule import row_order
     from baton.training import Recorder, drop_incomplete, mean_loss, trainer_settings
 
     recipe = run.recipe
@@ -54,12 +55,12 @@ def from_scratch(run: Run[PretrainRecipe]) -> Version:
 
     set_seed(train.seed)
     model = build_decoder(shape, tokenizer, train.sequence_length)
-    rows_per_batch = train.tokens_per_batch // train.sequence_length
     micro = (train.tokens_per_micro_batch or train.tokens_per_batch) // train.sequence_length
+    order = row_order(len(packed["train"].rows), recipe.rows_per_batch, train.steps, train.seed)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**trainer_settings(run, train, rows_per_batch, micro)),
-        train_dataset=packed["train"].rows,  # type: ignore[arg-type]
+        args=TrainingArguments(**trainer_settings(run, train, recipe.rows_per_batch, micro)),
+        train_dataset=Dataset.from_list(packed["train"].rows).select(order),
         data_collator=collate,
         callbacks=[Recorder(run, "pretrain", train.tokens_per_batch, "tokens")],
     )
@@ -83,6 +84,8 @@ def from_scratch(run: Run[PretrainRecipe]) -> Version:
         metrics["parameters"] = sum(p.numel() for p in trained.parameters())
         metrics["seconds"] = round(time.monotonic() - started, 1)
         run.log(train.steps, metrics)
+
+    refresh_unseen_rows(trained, packed["train"].rows, train.seed)
 
     def write(folder: Path) -> None:
         trained.to(getattr(torch, shape.dtype))
@@ -124,7 +127,7 @@ def shared_tokenizer(run: Run[PretrainRecipe], texts: list[str]) -> PreTrainedTo
 def encode_document(tokenizer: PreTrainedTokenizerBase, text: str) -> Document:
     """(ids, in_loss): the document between two end-of-document tokens; all but the first are predicted."""
     end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    ids = [end, *tokenizer(text, add_special_tokens=False)["input_ids"], end]  # type: ignore[misc]
+    ids = [end, *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]  # type: ignore[misc]
     return ids, [True] * len(ids)
 
 
@@ -132,8 +135,6 @@ def build_decoder(shape: Decoder, tokenizer: PreTrainedTokenizerBase, sequence_l
     """A Llama (Touvron et al. 2023) with random weights in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if shape.hidden_size % shape.heads:
-        raise UserError(f"model.hidden_size ({shape.hidden_size}) must be a multiple of model.heads ({shape.heads})")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -149,6 +150,23 @@ def build_decoder(shape: Decoder, tokenizer: PreTrainedTokenizerBase, sequence_l
         use_cache=False,  # a cache in training would let packed documents attend to each other
     )
     return LlamaForCausalLM(config)
+
+
+def refresh_unseen_rows(model: Any, rows: list[dict[str, list[int]]], seed: int) -> None:
+    """Give the embeddings of tokens that never occurred, such as the reserved chat tokens, separate random places.
+
+    Such a row gets only the softmax's push, which is the same for all of them, and Adam scales it to full steps: they
+    end at one point, where no adapter on frozen embeddings can tell the start of a turn from its end.
+    """
+    import torch
+
+    rows_of_tokens = model.get_input_embeddings().weight.data
+    seen = torch.zeros(len(rows_of_tokens), dtype=torch.bool)
+    for row in rows:
+        seen[torch.tensor(row["input_ids"])[torch.tensor(row["labels"]) != -100]] = True
+    noise = torch.randn(int((~seen).sum()), rows_of_tokens.shape[1], generator=torch.Generator().manual_seed(seed))
+    known = rows_of_tokens[seen]
+    rows_of_tokens[~seen] = known.mean(0) + known.std() * noise.to(rows_of_tokens)
 
 
 def ngram_bits_per_byte(documents: dict[str, list[Document]], order: int, vocabulary: int, num_bytes: int) -> float:

@@ -63,16 +63,20 @@ def encode_prompts(
     run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, Any]]]
 ) -> Prompts:
     """Rendered prompts that open the assistant's turn; those over `max_prompt_tokens` are dropped and counted."""
-    from baton.chat import encode_prompt
+    from baton.chat import encode_prompt, has_control_text
 
     limit = run.recipe.rollout.max_prompt_tokens
     kept: dict[str, list[list[int]]] = {}
     for use in ("train", "eval"):
-        encoded = [encode_prompt(tokenizer, row["prompt"]) for row in rows[use]]
+        plain = [row["prompt"] for row in rows[use] if not has_control_text(tokenizer, row["prompt"])]
+        if len(plain) < len(rows[use]):
+            run.say(f"{use}: {len(rows[use]) - len(plain):,} prompts that spell out a special token dropped")
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in plain]
         kept[use] = [ids for ids in encoded if len(ids) <= limit]
         if encoded and not kept[use]:
             raise UserError(
-                f"data.{use}: none of {len(encoded):,} prompts is left: all are longer than rollout.max_prompt_tokens = "
+                f"data.{use}: none of {len(encoded):,} prompts is left: all are longer than "
+                "rollout.max_prompt_tokens = "
                 f"{limit}; raise it"
             )
         if len(kept[use]) < len(encoded):

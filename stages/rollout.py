@@ -38,7 +38,7 @@ class MicroBatch:
 
 
 def episode_prompts(seed: int, num_prompts: int, first: int, count: int) -> list[int]:
-    """Which prompt each of the episodes first … first + count - 1 takes: every prompt once an epoch, in seeded order."""
+    """Which prompt each episode from `first` on takes: every prompt once an epoch, each epoch in a seeded order."""
     chosen = []
     for index in range(first, first + count):
         epoch, place = divmod(index, num_prompts)

@@ -24,6 +24,7 @@ def main(recipe: SFTRecipe) -> Version:
     run = Run.start(recipe)
     if version := run.already_published():
         return run.finish(version, "up to date")
+    from datasets import Dataset
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
     from trl import SFTConfig, SFTTrainer
@@ -32,6 +33,7 @@ def main(recipe: SFTRecipe) -> Version:
     from baton.chat import install_template
     from baton.models import compute_dtype, load_tokenizer
     from baton.packing import collate
+    from baton.schedule import row_order
     from baton.training import Recorder, drop_incomplete, trainer_settings
 
     started = time.monotonic()
@@ -50,11 +52,12 @@ def main(recipe: SFTRecipe) -> Version:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), new_lora_config(recipe.lora))
     model.config.use_cache = False  # a cache in training would let packed dialogues attend to each other
     micro = (train.tokens_per_micro_batch or train.tokens_per_batch) // train.sequence_length
-    settings = trainer_settings(run, train, train.tokens_per_batch // train.sequence_length, micro)
+    settings = trainer_settings(run, train, recipe.rows_per_batch, micro)
+    order = row_order(len(packed["train"].rows), recipe.rows_per_batch, train.steps, train.seed)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**settings, max_length=train.sequence_length, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=as_dataset(packed["train"]),
+        train_dataset=Dataset.from_list(packed["train"].rows).select(order),
         data_collator=collate,
         processing_class=tokenizer,
         callbacks=[Recorder(run, "sft", train.tokens_per_batch, "tokens")],
@@ -94,7 +97,8 @@ def base_version(run: Run[SFTRecipe]) -> Version:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return run.publish(write, kind="base", name=f"{team}/base", alias="main", parents={})
+    about = {"stage": "sft", "base": run.recipe.base}
+    return run.publish(write, kind="base", name=f"{team}/base", alias="from-sft", parents={}, recipe=about)
 
 
 def read_dialogues(run: Run[SFTRecipe]) -> tuple[dict[str, list[dict[str, Any]]], list[Any]]:
@@ -114,13 +118,16 @@ def pack_dialogues(
     run: Run[SFTRecipe], tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], use: str
 ) -> Packed:
     """Rendered, masked, cut at `sequence_length`, packed; dialogues with nothing left to train are counted."""
-    from baton.chat import encode_dialogue
+    from baton.chat import encode_dialogue, has_control_text
     from baton.packing import pack
 
     length = run.recipe.train.sequence_length
     documents = []
-    num_cut = num_empty = 0
+    num_cut = num_empty = num_control = 0
     for row in rows:
+        if has_control_text(tokenizer, row["messages"]):
+            num_control += 1
+            continue
         ids, is_response = encode_dialogue(tokenizer, row["messages"])
         num_cut += len(ids) > length
         ids, is_response = ids[:length], is_response[:length]
@@ -137,18 +144,13 @@ def pack_dialogues(
     packed = pack(documents, length, int(tokenizer.pad_token_id))
     if rows:
         run.say(
-            f"{use}: {len(documents):,} dialogues, {packed.num_tokens:,} tokens, {packed.num_in_loss:,} of them trained; "
+            f"{use}: {len(documents):,} dialogues, {packed.num_tokens:,} tokens, {packed.num_in_loss:,} of them "
+            "trained; "
             f"{len(packed.rows):,} rows of {length}, {packed.padding_share:.1%} padding; {num_cut:,} dialogues cut, "
-            f"{num_empty:,} dropped because no assistant's token was left"
+            f"{num_empty:,} dropped because no assistant's token was left, {num_control:,} because they spell out a "
+            "special token"
         )
     return packed
-
-
-def as_dataset(packed: Packed) -> Any:
-    """A datasets.Dataset of packed rows."""
-    from datasets import Dataset
-
-    return Dataset.from_list(packed.rows)
 
 
 def measure(

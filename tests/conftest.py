@@ -8,7 +8,7 @@ os.environ["BATON_PROGRESS"] = "plain"
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,49 @@ class TinyChain:
         return [json.loads(line) for line in (self.run_dir(stage) / "metrics.jsonl").read_text().splitlines()]
 
     def copy(self, to: Path) -> "TinyChain":
-        """A copy that a test may change, with an empty set of runs."""
+        """A copy that a test may change, without the runs."""
         shutil.copytree(self.root / "registry", to / "registry")
         (to / "world").symlink_to(self.root / "world")
         for stage, text in RECIPES.items():
             (to / f"{stage}.yaml").write_text(text.format(root=to))
         return TinyChain(to, dict(self.versions))
+
+    def interrupted(self, stage: str, checkpoint: int, to: Path) -> "TinyChain":
+        """A copy in which `stage` was killed after `checkpoint` and published nothing."""
+        copied = self.copy(to)
+        for name in (self.versions[stage].name, *(["tiny/value"] if stage == "ppo" else [])):
+            shutil.rmtree(to / "registry" / "models" / name)
+        ours, theirs = self.run_dir(stage), copied.run_dir(stage)
+        kept = f"checkpoints/checkpoint-{checkpoint}"
+        shutil.copytree(ours / kept, theirs / kept)
+        for name in ("input_key", "metrics.jsonl"):
+            shutil.copy(ours / name, theirs / name)
+        return copied
+
+
+def weights_digests(version: Any) -> dict[str, str]:
+    """sha256 of each safetensors file of a version."""
+    return {e["path"]: e["sha256"] for e in version.manifest["files"] if e["path"].endswith(".safetensors")}
+
+
+@pytest.fixture(scope="session")
+def assert_resumes(tiny_chain: "TinyChain") -> Callable[[str, int, Path], "TinyChain"]:
+    """Kill `stage` after a checkpoint, run it again: it goes on from there and publishes the very same weights."""
+
+    def check(stage: str, checkpoint: int, to: Path) -> TinyChain:
+        copied = tiny_chain.interrupted(stage, checkpoint, to)
+        version = run_stage(stage, copied.recipe(stage))
+        assert weights_digests(version) == weights_digests(tiny_chain.versions[stage])
+        steps = [row["step"] for row in copied.metrics(stage)]
+        assert steps == [row["step"] for row in tiny_chain.metrics(stage)]
+        for ours, theirs in zip(copied.metrics(stage), tiny_chain.metrics(stage), strict=True):
+            clocks = ("time_s", "seconds")
+            assert {k: v for k, v in ours.items() if k not in clocks} == {
+                k: v for k, v in theirs.items() if k not in clocks
+            }
+        return copied
+
+    return check
 
 
 def run_stage(stage: str, recipe: Any) -> Any:
@@ -170,3 +207,25 @@ def tiny_chain(tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> Ti
         (root / f"{stage}.yaml").write_text(text.format(root=root))
         chain.versions[stage] = run_stage(stage, chain.recipe(stage))
     return chain
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Any:
+    """A random Llama of 48 tokens whose next-token distributions are far from uniform."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()

@@ -39,9 +39,7 @@ class Registry:
                     "or an empty one to make a registry there."
                 )
             if not create:
-                raise UserError(
-                    f"there is no registry at {path}. Publishing there makes one; or name another."
-                )
+                raise UserError(f"there is no registry at {path}. Publishing there makes one; or name another.")
             with full_disk_is_user_error(f"making the registry {path} failed"):
                 store.root.mkdir(parents=True, exist_ok=True)
                 made = {"format": FORMAT, "id": uuid.uuid4().hex}
@@ -51,9 +49,7 @@ class Registry:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a registry: its registry.json is damaged. Restore it.") from error
         if found != FORMAT:
-            raise UserError(
-                f"{path} has registry format {found!r}; this Baton reads {FORMAT!r}. Update Baton."
-            )
+            raise UserError(f"{path} has registry format {found!r}; this Baton reads {FORMAT!r}. Update Baton.")
         return cls(store)
 
     def models(self) -> list[str]:
@@ -99,8 +95,7 @@ class Registry:
                 known = nearest(parsed.alias, list(aliases)) or sorted(aliases)[:10]
                 listed = ", ".join(f"{parsed.name}:{alias}" for alias in known) or "none"
                 raise UserError(
-                    f"{parsed.name} has no alias {parsed.alias!r}; aliases: {listed}; "
-                    f"versions: {_span(numbers)}."
+                    f"{parsed.name} has no alias {parsed.alias!r}; aliases: {listed}; versions: {_span(numbers)}."
                 )
             return self._version(parsed.name, aliases[parsed.alias])
         assert parsed.number is not None
@@ -175,9 +170,7 @@ class Registry:
         from baton.registry.merge import merge
 
         if version.base is None:
-            raise UserError(
-                f"{version.ref} is of kind {version.kind}: nothing to merge. Get it without --merge."
-            )
+            raise UserError(f"{version.ref} is of kind {version.kind}: nothing to merge. Get it without --merge.")
         adapter, base = self._cached(version)
         assert base is not None
         return merge(self.store, version, adapter, base, Path(folder))
@@ -202,8 +195,7 @@ class Registry:
         with full_disk_is_user_error(f"promoting in {self.store.root} failed"):
             if not records.write(self.store, folder, len(history) + 1, record):
                 raise UserError(
-                    f"someone moved {version.name}:{alias} meanwhile; look again: "
-                    f"`baton show {version.name}:{alias}`."
+                    f"someone moved {version.name}:{alias} meanwhile; look again: `baton show {version.name}:{alias}`."
                 )
         return record
 

@@ -14,9 +14,7 @@ from baton.registry.reference import check_alias
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-_RegistryPath = Annotated[
-    Path, typer.Option("--registry", envvar="BATON_REGISTRY", help="The registry's folder.")
-]
+_RegistryPath = Annotated[Path, typer.Option("--registry", envvar="BATON_REGISTRY", help="The registry's folder.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
 _Ref = Annotated[str, typer.Argument(metavar="REF", help="team/name:7, :alias or @sha256:…")]
 _DEFAULT = Path(".baton/registry")

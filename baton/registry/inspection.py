@@ -75,9 +75,7 @@ def _refuse_remote_code(path: Path) -> None:
 
 def _check_base(kind: str, base: Version | None) -> None:
     if kind in ADAPTER_KINDS and base is None:
-        raise UserError(
-            f"kind {kind} is an adapter and needs its base model: name it with base (--base REF)."
-        )
+        raise UserError(f"kind {kind} is an adapter and needs its base model: name it with base (--base REF).")
     if kind not in ADAPTER_KINDS and base is not None:
         raise UserError(f"kind {kind} is a whole model and has no base; name {base.ref} as a parent instead.")
     if base is not None and base.kind not in WHOLE_KINDS:
@@ -90,9 +88,7 @@ def _check_base(kind: str, base: Version | None) -> None:
 def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tensor]:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if name not in paths:
-            raise UserError(
-                f"{folder} has no {name}; kind {kind} is a PEFT adapter's folder (save_pretrained)."
-            )
+            raise UserError(f"{folder} has no {name}; kind {kind} is a PEFT adapter's folder (save_pretrained).")
     # `get` puts the base at base/: publishing it again would send the whole model as part of the adapter.
     if any(path.startswith("base/") for path in paths):
         raise UserError(f"{folder / 'base'} lies in an adapter's folder; move it out and publish again.")
@@ -114,9 +110,7 @@ def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tenso
 
 def _check_whole(folder: Path) -> dict[str, Tensor]:
     if (folder / ADAPTER_CONFIG).exists():
-        raise UserError(
-            f"{folder} is an adapter; publish it as kind {', '.join(ADAPTER_KINDS)} with its base."
-        )
+        raise UserError(f"{folder} is an adapter; publish it as kind {', '.join(ADAPTER_KINDS)} with its base.")
     read_json(folder / "config.json")
     return read_model(folder)
 

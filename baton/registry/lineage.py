@@ -17,9 +17,7 @@ def lineage(registry: "Registry", version: Version) -> dict[str, Any]:
     return _node(registry, version.digest, registry.references(), version.ref)
 
 
-def _node(
-    registry: "Registry", digest: str, references: dict[str, list[str]], ref: str | None
-) -> dict[str, Any]:
+def _node(registry: "Registry", digest: str, references: dict[str, list[str]], ref: str | None) -> dict[str, Any]:
     manifest = registry.manifest(digest)
     ancestors = dict(manifest["parents"])
     # A parent that is also the base is shown once, under the role that its publisher gave it.

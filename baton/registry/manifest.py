@@ -141,12 +141,7 @@ def storable(value: Any) -> Any:
         value = str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if (
-        isinstance(value, str)
-        and os.path.isabs(value)
-        and value.count("/") > 1
-        and not re.search(r"\s", value)
-    ):
+    if isinstance(value, str) and os.path.isabs(value) and value.count("/") > 1 and not re.search(r"\s", value):
         return "…/" + PurePosixPath(value).name
     assert value is None or isinstance(value, (str, bool, int, float)), f"not JSON: {type(value)}"
     return value

@@ -121,9 +121,7 @@ def _move_away(target: Path) -> None:
         os.rename(target, old / "old")
 
 
-def _write(
-    store: LocalStore, manifest: dict[str, Any], folder: Path, base_folder: Path | None
-) -> dict[str, str]:
+def _write(store: LocalStore, manifest: dict[str, Any], folder: Path, base_folder: Path | None) -> dict[str, str]:
     expected = {}
     for entry in manifest["files"]:
         target = folder / entry["path"]
@@ -176,8 +174,7 @@ def copy_blob(store: LocalStore, entry: dict[str, Any], target: Path) -> None:
 
 def _missing(store: LocalStore, path: str, sha256: str) -> UserError:
     return UserError(
-        f"{store.path(blob_path(sha256))} is missing, the blob of {path}. "
-        "Copy it from a backup or another registry."
+        f"{store.path(blob_path(sha256))} is missing, the blob of {path}. Copy it from a backup or another registry."
     )
 
 
@@ -219,9 +216,7 @@ def _is_intact(folder: Path, stamp_path: Path, expected: dict[str, str]) -> bool
 def _write_stamp(folder: Path, stamp_path: Path, expected: dict[str, str]) -> None:
     new = stamp_path.with_name(f".{stamp_path.name}.{uuid.uuid4().hex}")
     try:
-        new.write_text(
-            json.dumps({path: [sha256, *_status(folder / path)] for path, sha256 in expected.items()})
-        )
+        new.write_text(json.dumps({path: [sha256, *_status(folder / path)] for path, sha256 in expected.items()}))
         os.replace(new, stamp_path)
     except OSError:
         new.unlink(missing_ok=True)  # a stamp only saves time

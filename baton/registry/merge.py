@@ -37,9 +37,7 @@ def merge(store: LocalStore, version: Version, adapter: Path, base: Path, target
         pad = version.manifest["vocabulary"]["special_tokens"]["pad"]
         model = probe.load_whole(base, version.kind in HEAD_KINDS, pad)
         before = _fingerprints(model, stored)
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload(
-            safe_merge=True
-        )
+        model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload(safe_merge=True)
         probe.compare(model.eval(), version.manifest["probe"], f"{version.ref}, merged into its base,")
         # After the cast: in a narrow dtype a small change can round away, and the base would be shipped.
         after = _fingerprints(model, stored)

@@ -64,12 +64,7 @@ def _in_zip(file: BinaryIO) -> str | None:
                     return f"a zip archive with {member.filename}, as torch.save writes"
                 with archive.open(member) as content:
                     head = content.read(_HEAD_BYTES)
-                if (
-                    _starts_pickle(head)
-                    or _is_text_pickle(head)
-                    or head.startswith(b"\x93NUMPY")
-                    and b"|O" in head
-                ):
+                if _starts_pickle(head) or _is_text_pickle(head) or head.startswith(b"\x93NUMPY") and b"|O" in head:
                     return f"a zip archive with the pickle {member.filename}"
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError):
         return "a zip archive that cannot be read through"
@@ -97,9 +92,7 @@ def _is_text_pickle(data: bytes) -> bool:
             names.append(operation.name)
             if operation.name == "STOP":
                 # Prose such as "N." parses too: count it only if it could run code or fills the file.
-                return bool(_RUNS_CODE & set(names)) or (
-                    len(names) > 2 and not data[(position or 0) + 1 :].strip()
-                )
+                return bool(_RUNS_CODE & set(names)) or (len(names) > 2 and not data[(position or 0) + 1 :].strip())
     except (ValueError, UnicodeDecodeError, IndexError, OverflowError):
         return False
     return False

@@ -157,9 +157,7 @@ def load_whole(folder: Path, with_head: bool | None, pad_token_id: int | None) -
     allowed = {HEAD} if with_head else set()
     missing = set(report["missing_keys"]) - allowed
     if missing:
-        raise ProbeMismatch(
-            f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}; save the model again."
-        )
+        raise ProbeMismatch(f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}; save the model again.")
     return model
 
 

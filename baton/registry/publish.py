@@ -97,11 +97,7 @@ def without_local_paths(path: Path, base: Version | None) -> bytes | None:
     """The file's bytes without this machine's paths, an adapter's base by digest; None: keep it as it is."""
     if path.name == "README.md":
         return _model_card(path, base)
-    if (
-        path.suffix != ".json"
-        or path.name in ("tokenizer.json", "vocab.json")
-        or path.stat().st_size > 4 << 20
-    ):
+    if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json") or path.stat().st_size > 4 << 20:
         return None
     try:
         settings = json.loads(path.read_bytes())
@@ -133,24 +129,19 @@ def _model_card(path: Path, base: Version | None) -> bytes | None:
 
 
 def _is_local(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and (
-        os.path.isabs(value) or value[:1] in (".", "~") or os.path.exists(value)
-    )
+    return isinstance(value, str) and (os.path.isabs(value) or value[:1] in (".", "~") or os.path.exists(value))
 
 
 def _describe(aside: Path, kind: str, files: list[dict[str, Any]], base: Version | None) -> dict[str, Any]:
-    if kind in ADAPTER_KINDS:
-        tensors = weights.read_header(aside / ADAPTER_WEIGHTS)
-    else:
-        tensors = weights.read_model(aside)
+    is_adapter = kind in ADAPTER_KINDS
+    tensors = weights.read_header(aside / ADAPTER_WEIGHTS) if is_adapter else weights.read_model(aside)
     described: dict[str, Any] = {
         "format": manifests.FORMAT,
         "kind": kind,
         "files": files,
         "dtype": weights.dtype_of(tensors),
         "base": base.digest if base else None,
-        "architecture": _architecture(aside, kind, base)
-        | {"num_parameters": weights.num_parameters(tensors)},
+        "architecture": _architecture(aside, kind, base) | {"num_parameters": weights.num_parameters(tensors)},
     }
     if not (aside / "tokenizer.json").exists():
         assert base is not None

@@ -40,9 +40,7 @@ def read(store: LocalStore, folder: str, number: int, field: str) -> dict[str, A
     except FileNotFoundError as error:
         raise UserError(f"{store.path(path)} is missing.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{store.path(path)} is damaged: not JSON ({error}). Restore it from a backup."
-        ) from error
+        raise UserError(f"{store.path(path)} is damaged: not JSON ({error}). Restore it from a backup.") from error
     expected = str if field == "digest" else int
     if not isinstance(record, dict) or not isinstance(record.get(field), expected):
         raise UserError(f"{store.path(path)} is damaged: no field {field!r}. Restore it from a backup.")

@@ -54,9 +54,7 @@ def check_name(name: str, in_reference: str | None = None) -> None:
     """Raise UserError unless `name` is `team/name` in lower-case letters, digits, '.', '_' and '-'."""
     if _NAME.fullmatch(name):
         return
-    found = (
-        f"{in_reference!r} is not a reference; expected {_FORMS}" if in_reference else f"bad name {name!r}"
-    )
+    found = f"{in_reference!r} is not a reference; expected {_FORMS}" if in_reference else f"bad name {name!r}"
     raise UserError(
         f"{found}. A name is team/name: two parts of lower-case letters, digits, '.', '_' and '-', "
         "each starting with a letter or digit."

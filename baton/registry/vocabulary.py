@@ -25,9 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing. Save the model and its tokenizer with save_pretrained."
-        ) from error
+        raise UserError(f"{path} is missing. Save the model and its tokenizer with save_pretrained.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}).") from error
     if not isinstance(value, dict):

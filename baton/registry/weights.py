@@ -42,8 +42,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         }
         known = [entry for entry in header.values() if entry["dtype"] in _BYTES]
         lengths_fit = all(
-            math.prod(entry["shape"]) * _BYTES[entry["dtype"]]
-            == entry["data_offsets"][1] - entry["data_offsets"][0]
+            math.prod(entry["shape"]) * _BYTES[entry["dtype"]] == entry["data_offsets"][1] - entry["data_offsets"][0]
             for entry in known
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -72,9 +71,7 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
-            raise UserError(
-                f"{index} names {name}, which is missing. Copy every shard, or save the model again."
-            )
+            raise UserError(f"{index} names {name}, which is missing. Copy every shard, or save the model again.")
         shard = read_header(folder / name)
         missing = {tensor for tensor, place in places.items() if place == name} - set(shard)
         if missing:

@@ -120,6 +120,7 @@ def test_from_and_only(folder: Path) -> None:
     [
         ({"state": "failed", "message": "the loss is nan", "code": 1}, 1, "the loss is nan"),
         ({"state": "refused", "message": "data.jsonl is empty", "code": 1}, 2, "data.jsonl is empty"),
+        ({"state": "", "code": 2}, 2, "message is above"),
         ({"state": "running", "code": 9}, 9, "exit code 9"),
         ({"state": "running", "code": 0}, 1, "did not say that it was done"),
         ({"state": "", "code": 0}, 1, "did not say that it was done"),
@@ -189,8 +190,8 @@ def test_where_an_override_goes(folder: Path, override: str, expected: dict[str,
     assert {stage: found for stage, found in routed.items() if found} == expected
 
 
-def rewrite(folder: Path, stage: str, **changes: object) -> None:
-    path = folder / f"{stage}.yaml"
+def rewrite(folder: Path, file: str, **changes: object) -> None:
+    path = folder / f"{file}.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
 
 

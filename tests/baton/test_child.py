@@ -27,8 +27,21 @@ def logged(*pieces: str) -> str:
     [
         (("one\ntwo\n",), "one\ntwo\n"),
         (("one\r\ntwo\r\n",), "one\ntwo\n"),
-        (("on", "e\nno newline at the end",), "one\nno newline at the end\n"),
-        (("\r10%", "\r20%", "\r100%\n",), "100%\n"),
+        (
+            (
+                "on",
+                "e\nno newline at the end",
+            ),
+            "one\nno newline at the end\n",
+        ),
+        (
+            (
+                "\r10%",
+                "\r20%",
+                "\r100%\n",
+            ),
+            "100%\n",
+        ),
         (("10%\r", "20%\r", "100%\r", "\n"), "100%\n"),
         (("\x1b[31mred\x1b[0m \x1b]0;title\x07text\n",), "red text\n"),
         (("町の", "パン\n"), "町のパン\n"),
@@ -75,7 +88,8 @@ def test_death_by_signal_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_grandchild_that_keeps_the_output_open_is_not_waited_for(tmp_path: Path) -> None:
-    script = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']).pid)"
+    sleeper = "import time; time.sleep(300)"
+    script = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {sleeper!r}]).pid)"
     assert run_child([sys.executable, "-c", script], dict(os.environ), tmp_path / "log.txt") == 0
     os.kill(int((tmp_path / "log.txt").read_text()), signal.SIGKILL)
 

@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import pytest
 from baton import launch
 from baton.errors import UserError
 from baton.launch import processes_of, stage_command, stage_environment
+from baton.recipe import RECIPES
 
 ROOT = Path(__file__).parents[2]
 PROBE = """
@@ -29,7 +34,7 @@ def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage sft is a program that prints its place in the process group, its threads and its arguments."""
     (tmp_path / "probe_program.py").write_text(PROBE)
     monkeypatch.setitem(launch.PROGRAMS, "sft", "probe_program")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
@@ -52,10 +57,65 @@ def test_starts_what_was_asked_for_without_a_word(processes: int, config_file: P
     assert errors == ""
 
 
-def test_the_world_needs_no_process_group() -> None:
+FAILURES = [
+    ("os.write(2, b'error: no data\\n'); os._exit(2)", 2, "error: no data\n"),
+    ("os.kill(os.getpid(), 9)", 137, "error: the program was ended by signal 9\n"),
+]
+
+
+@pytest.mark.usefixtures("probe")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("end", "code", "message"), FAILURES)
+def test_what_a_program_says_last_is_all_that_is_printed(
+    processes: int, end: str, code: int, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "probe_program.py").write_text(
+        f"import os, time\nif os.environ.get('RANK', '0') == '0':\n    {end}\ntime.sleep(100)"
+    )
+    command = stage_command("sft", Path("sft.yaml"), [], processes)
+    done = subprocess.run(command, env=stage_environment("sft", processes), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout + done.stderr) == (code, message)
+
+
+@pytest.mark.usefixtures("probe")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_programs_end_in_good_order_at_ctrl_c(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "probe_program.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        f"mine = pathlib.Path({str(tmp_path)!r}, os.environ.get('RANK', '0'))\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(1); mine.with_suffix('.saved').touch(); os._exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "mine.with_suffix('.ready').touch()\n"
+        "while True: time.sleep(0.1)"
+    )
+    chain = (
+        "import sys, pathlib; from baton.child import run_child\n"
+        f"sys.exit(run_child({stage_command('sft', Path('sft.yaml'), [], processes)!r}, "
+        f"{stage_environment('sft', processes)!r}, pathlib.Path({str(tmp_path / 'log.txt')!r})))"
+    )
+    command = [sys.executable, "-c", chain]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(list(tmp_path.glob("*.ready"))) < processes:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(list(tmp_path.glob("*.saved"))) == processes
+    assert "Traceback" not in output
+
+
+def test_the_world_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     command = stage_command("world", Path("world.yaml"), [], 2)
-    assert command[1:] == ["-m", "baton.world", "world.yaml"]
-    assert "ACCELERATE_USE_CPU" not in stage_environment("world", 2) or "ACCELERATE_USE_CPU" in os.environ
+    assert command[1:] == ["-m", "baton.make_world", "world.yaml"]
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert "ACCELERATE_USE_CPU" not in stage_environment("world", 2)
+
+
+def test_every_stage_has_its_program() -> None:
+    assert set(launch.PROGRAMS) == set(RECIPES)
+    assert all(find_spec(module) for module in launch.PROGRAMS.values())
 
 
 def test_gpus_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

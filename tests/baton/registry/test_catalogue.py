@@ -187,9 +187,7 @@ def test_deep_verification_replays_the_probe(filled: Registry, monkeypatch: pyte
     version = filled.resolve("team/reward:1")
     assert filled.verify(version, deep=True) == []
     outputs = probe.outputs
-    monkeypatch.setattr(
-        probe, "outputs", lambda model, p: [[x + 1 for x in row] for row in outputs(model, p)]
-    )
+    monkeypatch.setattr(probe, "outputs", lambda model, p: [[x + 1 for x in row] for row in outputs(model, p)])
     (problem,) = filled.verify(version, deep=True)
     assert "from the probe by up to 1" in problem
 

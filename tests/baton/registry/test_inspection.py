@@ -48,9 +48,7 @@ def damage(folder: Path, what: str) -> None:
         "linked folder": lambda: os.symlink("/etc", folder / "more"),
         "fifo": lambda: os.mkfifo(folder / "pipe"),
         "remote code": lambda: edit_json(folder / "config.json", auto_map={"AutoModel": "code.Model"}),
-        "remote tokenizer": lambda: edit_json(
-            folder / "tokenizer_config.json", auto_map={"AutoTokenizer": "x"}
-        ),
+        "remote tokenizer": lambda: edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": "x"}),
         "no config": lambda: (folder / "config.json").unlink(),
         "no weights": lambda: weights.unlink(),
         "cut off": lambda: os.truncate(weights, weights.stat().st_size - 1),
@@ -101,9 +99,7 @@ def test_shards_must_be_complete(registry: Registry, folders: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     (folders.base / "model.safetensors").unlink()
-    AutoModelForCausalLM.from_pretrained(folders.other_base).save_pretrained(
-        folders.base, max_shard_size="40KB"
-    )
+    AutoModelForCausalLM.from_pretrained(folders.other_base).save_pretrained(folders.base, max_shard_size="40KB")
     shards = sorted(folders.base.glob("model-*.safetensors"))
     assert len(shards) > 1
     version = registry.publish(folders.base, name="team/sharded", kind="base")
@@ -140,9 +136,7 @@ def test_an_adapter_is_refused(filled: Registry, folders: Any) -> None:
     assert contents(filled) == before
 
 
-def test_a_bad_name_or_a_stranger_for_parent_is_refused(
-    filled: Registry, folders: Any, tmp_path: Path
-) -> None:
+def test_a_bad_name_or_a_stranger_for_parent_is_refused(filled: Registry, folders: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad name"):
         filled.publish(folders.base, name="base", kind="base")
     elsewhere = Registry.open(tmp_path / "elsewhere", create=True)

@@ -38,9 +38,7 @@ def test_storable_hides_local_paths_and_spells_what_json_cannot() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "path", ["", "/a", "../a", "a/../b", "a//b", "./a", "a/", "a\\b", "c:x", "a\n", "a\0"]
-)
+@pytest.mark.parametrize("path", ["", "/a", "../a", "a/../b", "a//b", "./a", "a/", "a\\b", "c:x", "a\n", "a\0"])
 def test_unsafe_paths(path: str) -> None:
     assert not is_safe_path(path)
 

@@ -51,9 +51,7 @@ print(json.dumps(results))
 """
 
 
-def run_loader(
-    folders: dict[str, tuple[str, Path]], probes: dict[str, Any], tmp_path: Path
-) -> dict[str, float]:
+def run_loader(folders: dict[str, tuple[str, Path]], probes: dict[str, Any], tmp_path: Path) -> dict[str, float]:
     (tmp_path / "probes.json").write_text(json.dumps(probes))
     named = json.dumps({name: (kind, str(folder)) for name, (kind, folder) in folders.items()})
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -87,12 +85,7 @@ def test_every_kind_loads_without_baton_and_merging_is_equal(filled: Registry, t
         # Merged models are cast to bfloat16, which has 8 bits of mantissa; the rest is exact to float32.
         assert difference < (0.1 if name.startswith("merged") else 1e-4), (name, difference)
     # No file can lead an edit back into the store.
-    links = [
-        p
-        for _, folder in folders.values()
-        for p in folder.rglob("*")
-        if p.stat().st_nlink > 1 and p.is_file()
-    ]
+    links = [p for _, folder in folders.values() for p in folder.rglob("*") if p.stat().st_nlink > 1 and p.is_file()]
     assert links == [] and not any(p.is_symlink() for p in (tmp_path / "got").rglob("*"))
 
 
@@ -194,9 +187,7 @@ def test_a_cached_adapter_follows_its_base_when_the_cache_moves(
     assert Path(base) == moved / (version.base or "").removeprefix("sha256:") and Path(base).is_dir()
 
 
-def test_a_damaged_blob_is_named_and_never_materialised(
-    filled: Registry, cache: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_blob_is_named_and_never_materialised(filled: Registry, cache: Path, tmp_path: Path) -> None:
     version = filled.resolve("team/base:1")
     entry = next(e for e in version.manifest["files"] if e["path"] == "model.safetensors")
     blob = filled.store.path(f"blobs/sha256/{entry['sha256']}")
@@ -205,9 +196,7 @@ def test_a_damaged_blob_is_named_and_never_materialised(
     data[-1] ^= 1
     blob.write_bytes(data)
     for folder in (None, tmp_path / "got"):
-        with pytest.raises(
-            UserError, match=f"model.safetensors is damaged.*{entry['sha256']}, found sha256:"
-        ):
+        with pytest.raises(UserError, match=f"model.safetensors is damaged.*{entry['sha256']}, found sha256:"):
             filled.materialise(version, folder)
     assert not (tmp_path / "got").exists() and list(cache.iterdir()) == []
     blob.unlink()

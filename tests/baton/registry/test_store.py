@@ -40,9 +40,7 @@ def test_one_of_many_writers_wins(tmp_path: Path) -> None:
         assert [str(writer).encode() for writer in won] == [store.get(f"{round_number}.json")]
 
 
-def test_a_link_reported_as_conflict_with_itself_is_a_success(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_reported_as_conflict_with_itself_is_a_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = os.link
 
     def link_with_lost_answer(source: Path, target: Path) -> None:

@@ -1,0 +1,100 @@
+"""Which prompts, which noise, which tokens, and the tensors that episodes become."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from baton.decode import Reply
+from stages.rollout import Episode, episode_prompts, make_micro_batch, sample_replies, sampling_noise
+
+CPU = torch.device("cpu")
+
+
+def sampled(model: Any, prompts: list[list[int]], noise: np.ndarray, temperature: float = 1.0) -> list[Reply]:
+    return sample_replies(
+        model, prompts, noise, temperature=temperature, max_new_tokens=noise.shape[1], stop_ids=[1], pad_id=2
+    )
+
+
+def test_micro_batch_worked_by_hand() -> None:
+    # the pad id, 9, occurs as a real token: masks come from lengths
+    episodes = [Episode(0, [5, 9, 7], Reply([8, 1], True)), Episode(1, [9], Reply([9, 3, 9], False))]
+    batch = make_micro_batch(episodes, pad_id=9, device=CPU)
+    assert batch.input_ids.tolist() == [[5, 9, 7, 8, 1], [9, 9, 3, 9, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch.is_response.tolist() == [[True, True, False], [True, True, True]]
+    assert batch.response_ids.tolist() == [[8, 1, 0], [9, 3, 9]]
+    assert batch.before_response.tolist() == [[2, 3, 0], [0, 1, 2]]
+    assert batch.last.tolist() == [4, 3]
+    assert batch.ended.tolist() == [True, False]
+
+
+def test_every_prompt_once_an_epoch_in_an_order_of_its_own() -> None:
+    seen = [index for first in range(0, 30, 4) for index in episode_prompts(7, 10, first, 4)][:30]
+    epochs = [seen[:10], seen[10:20], seen[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert episode_prompts(7, 10, 13, 5) == seen[13:18]
+    assert episode_prompts(8, 10, 0, 10) != epochs[0]
+
+
+def test_noise_is_a_function_of_seed_episode_and_position() -> None:
+    noise = sampling_noise(1, 5, 8)
+    assert ((noise >= 0) & (noise < 1)).all()
+    assert sampling_noise(1, 5, 8).tolist() == noise.tolist()
+    assert sampling_noise(1, 5, 3).tolist() == noise[:3].tolist()
+    different = {tuple(sampling_noise(seed, index, 8)) for seed in (1, 2) for index in (5, 6, 1 << 40)}
+    assert len(different) == 6
+    assert len(set(noise.tolist())) == 8
+
+
+def test_noise_and_order_of_prompts_do_not_share_a_stream() -> None:
+    # had both used stream 0, the order of epoch e would be drawn from the noise of episode e
+    order = np.random.Generator(np.random.Philox(key=[1, 0 << 1])).permutation(50).tolist()
+    assert episode_prompts(1, 50, 0, 50) != order
+
+
+def test_tokens_are_drawn_by_inverse_cdf(tiny_llama: Any) -> None:
+    prompt = [3, 11, 7]
+    with torch.no_grad():
+        logits = tiny_llama(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+    for temperature in (1.0, 0.5):
+        cdf = np.cumsum((logits / temperature).softmax(-1).numpy())
+        uniform = np.linspace(0.0005, 0.9995, 500)
+        replies = sampled(tiny_llama, [prompt] * 500, uniform[:, None], temperature)
+        expected = [int(np.argmax(cdf > u)) for u in uniform]
+        found = [reply.ids[0] for reply in replies]
+        # a draw that falls on the very edge of a token's share may go either way
+        assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
+
+
+def test_frequencies_follow_the_softmax(tiny_llama: Any) -> None:
+    prompt, count = [4, 4, 30], 1500
+    with torch.no_grad():
+        probabilities = tiny_llama(input_ids=torch.tensor([prompt])).logits[0, -1].double().softmax(-1).numpy()
+    noise = np.stack([sampling_noise(0, index, 1) for index in range(count)])
+    replies = sampled(tiny_llama, [prompt] * count, noise)
+    found = np.bincount([reply.ids[0] for reply in replies], minlength=48)
+    deviation = np.sqrt(count * probabilities * (1 - probabilities)) + 1
+    assert (np.abs(found - count * probabilities) < 4.5 * deviation).all()
+    assert 1 < found.max() < count
+
+
+def test_extreme_draws_stay_inside_the_vocabulary(tiny_llama: Any) -> None:
+    replies = sampled(tiny_llama, [[3], [3]], np.array([[0.0], [1.0 - 1e-16]]))
+    assert replies[0].ids == [0] and 0 < replies[1].ids[0] < 48
+
+
+def test_replies_do_not_depend_on_order_or_company(tiny_llama: Any) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 48, size=rng.integers(1, 9)).tolist() for _ in range(70)]
+    noise = np.stack([sampling_noise(3, index, 12) for index in range(70)])
+    together = sampled(tiny_llama, prompts, noise)
+    assert len({reply.ended for reply in together}) == 2, "some replies should stop and some should not"
+    order = rng.permutation(70)
+    shuffled = sampled(tiny_llama, [prompts[at] for at in order], noise[order])
+    assert [shuffled[place] for place in np.argsort(order)] == together
+    alone = [sampled(tiny_llama, [prompts[at]], noise[at : at + 1])[0] for at in range(0, 70, 7)]
+    assert alone == together[::7]
