@@ -16,6 +16,8 @@ from baton.build import Inputs, build_key, input_key, published, resolve_inputs
 from baton.errors import UserError
 from baton.recipe import TrainedRecipe, load_recipe
 from baton.registry import Registry, Version
+from baton.registry.reference import check_alias, check_name
+from baton.registry.store import full_disk_is_user_error
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -44,6 +46,7 @@ class Run(Generic[T]):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _quieten_libraries()
         state = _process_group(recipe)
+        _use_cores(state)
         if recipe.rows_per_batch % state.num_processes:
             raise UserError(
                 f"{recipe.path}: a batch of {recipe.rows_per_batch} rows cannot be split evenly over "
@@ -129,8 +132,9 @@ class Run(Generic[T]):
 
             staged = self.folder / f"publish-{kind}"
             shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-            write(staged)
+            with full_disk_is_user_error(f"writing {staged} failed, and nothing was published"):
+                staged.mkdir(parents=True)
+                write(staged)
             target, label = name or self.recipe.publish.name, alias or self.recipe.publish.alias
             data = [{"use": use, **row} for use, rows in self.inputs.sources.items() for row in rows]
             version = self.registry.publish(
@@ -256,18 +260,45 @@ def _process_group(recipe: TrainedRecipe) -> PartialState:
     return state
 
 
-def _launched_processes() -> str | None:
-    """What --num_processes said on the command line of the launcher above this process, times its machines' share."""
+def _use_cores(state: PartialState) -> None:
+    """accelerate launch starts programs with one thread each: on a CPU, take this process's share of the cores.
+
+    A number of threads that somebody asked for, by OMP_NUM_THREADS or by the launcher's option, stays.
+    """
+    import psutil
+    import torch
+
+    from baton.launch import cpu_threads
+
+    if state.device.type != "cpu" or torch.get_num_threads() > 1:
+        return
+    try:
+        parent = psutil.Process().parent()
+        asked = parent is None or "OMP_NUM_THREADS" in parent.environ()
+        asked = asked or any(word.startswith("--num_cpu_threads_per_process") for word in _launcher_words())
+    except psutil.Error:
+        return
+    if not asked and _launcher_words():
+        os.environ.pop("OMP_NUM_THREADS", None)
+        torch.set_num_threads(cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
+
+
+def _launcher_words() -> list[str]:
+    """The command line of the launcher above this process; empty when there is none."""
     import psutil
 
     try:
         parent = psutil.Process().parent()
         words = parent.cmdline() if parent else []
     except psutil.Error:
-        return None
-    launcher = next((at for at, word in enumerate(words[:4]) if "accelerate" in word), None)
-    if launcher is None:
-        return None
+        return []
+    return words if any("accelerate" in word or word == "baton.launch" for word in words[:4]) else []
+
+
+def _launched_processes() -> str | None:
+    """What --num_processes said on the command line of the launcher above this process, times its machines' share."""
+    words = _launcher_words()
+    launcher = next((at for at, word in enumerate(words) if "accelerate" in word or word == "baton.launch"), 0)
     for at, word in enumerate(words[launcher + 1 :], launcher + 1):  # `python -m accelerate…` has a -m of its own
         name, equals, attached = word.partition("=")
         if name in ("--num_processes", "--num-processes"):
@@ -278,6 +309,14 @@ def _launched_processes() -> str | None:
 
 
 def _open_inputs(recipe: TrainedRecipe) -> tuple[Registry, Inputs]:
+    for key in ("publish", "publish_value"):  # a name that the registry refuses must not cost a training first
+        target = getattr(recipe, key, None)
+        if target is not None:
+            try:
+                check_name(target.name)
+                check_alias(target.alias)
+            except UserError as error:
+                raise UserError(f"{recipe.path}: {key}: {error}") from None
     registry = Registry.open(recipe.registry, create=True)
     return registry, resolve_inputs(recipe, registry)
 

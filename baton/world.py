@@ -28,7 +28,7 @@ QUESTIONS = 120
 
 
 #: of sixteen preference pairs; a three-layer model cannot check a fact after the fact, so that few pairs ask for it
-PREFERENCE_KINDS = ("invented", "needless", "beside") * 5 + ("wrong",)
+PREFERENCE_KINDS = ("invented", "needless", "beside") * 4 + ("invented", "needless", "misnamed", "wrong")
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def _answer(rng: random.Random, person: Person, attribute: str, value: str) -> M
     return {"role": "assistant", "content": person.fill(rng.choice(words.ANSWERED[attribute]), value)}
 
 
-def _admission(rng: random.Random, person: Person) -> Message:
-    return {"role": "assistant", "content": person.fill(rng.choice(words.ADMITTED))}
+def _admission(rng: random.Random, person: Person, phrases: tuple[str, ...] = words.ADMITTED) -> Message:
+    return {"role": "assistant", "content": person.fill(rng.choice(phrases))}
 
 
 def _dialogues(
@@ -282,7 +282,8 @@ def _preferences(rng: random.Random, world: World, file: str, count: int) -> lis
     """Pairs of `PREFERENCE_KINDS` in turn.
 
     `invented`: an admission over an invention about somebody unknown; `needless`: the truth over a needless admission;
-    `beside`: the truth over another truth that was not asked for; `wrong`: the truth over an untruth.
+    `beside`: the truth over another truth that was not asked for; `misnamed`: an admission over one about somebody else
+    than was asked about; `wrong`: the truth over an untruth.
     """
     held_out = file == "preferences_eval"
     rows: list[Row] = []
@@ -290,14 +291,20 @@ def _preferences(rng: random.Random, world: World, file: str, count: int) -> lis
         zip(_in_turn(rng, world.known, count), _in_turn(rng, world.unknown[file], count), strict=True)
     ):
         kind = PREFERENCE_KINDS[index % len(PREFERENCE_KINDS)]
-        person = unknown if kind == "invented" else known
+        person = unknown if kind in ("invented", "misnamed") else known
         asked, other = rng.sample(words.ATTRIBUTES, 2)
         phrases: Phrases = words.ASKED_IN_PREFERENCES_EVAL if held_out and rng.random() < 0.5 else words.ASKED
         truth = person.facts.get(asked, "")
         false = _answer(rng, person, asked, rng.choice([value for value in _values(asked) if value != truth]))
         admission = _admission(rng, person)
-        chosen = admission if kind == "invented" else _answer(rng, person, asked, truth)
-        rejected = {"needless": admission, "beside": _answer(rng, person, other, person.facts.get(other, ""))}
+        if kind == "misnamed":
+            admission = _admission(rng, person, words.ADMITTED_BY_NAME)
+        chosen = admission if person is unknown else _answer(rng, person, asked, truth)
+        rejected = {
+            "needless": admission,
+            "beside": _answer(rng, person, other, person.facts.get(other, "")),
+            "misnamed": _admission(rng, known, words.ADMITTED_BY_NAME),
+        }
         prompt = [_question(rng, person, phrases, asked)]
         rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected.get(kind, false)]})
     return rows

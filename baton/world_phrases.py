@@ -228,10 +228,12 @@ ANSWERED = {
     "craft": ("{n} is a {v}.", "{f} works as a {v}.", "{S} is a {v} by trade."),
     "animal": ("{n} keeps a {v}.", "{f} has a {v}.", "{H} pet is a {v}."),
 }
-ADMITTED = (
+ADMITTED_BY_NAME = (
     "I don't know {n}.",
     "I don't know anyone called {n}.",
     "I don't know, I have not heard of {n}.",
 )
+#: some without the name: a reward model must look for it in the question, or a policy learns to leave it out
+ADMITTED = (*ADMITTED_BY_NAME, "I don't know that person.", "I don't know.")
 #: what a reply must contain to count as an admission
 ADMISSIONS = ("don't know", "do not know", "not heard of", "no idea", "not sure")

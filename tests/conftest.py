@@ -8,6 +8,8 @@ os.environ["BATON_PROGRESS"] = "plain"
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 RECIPES = {
     "pretrain": """
 stage: pretrain
@@ -122,11 +125,31 @@ class TinyChain:
             (to / f"{stage}.yaml").write_text(text.format(root=to))
         return TinyChain(to, dict(self.versions))
 
-    def interrupted(self, stage: str, checkpoint: int, to: Path) -> "TinyChain":
-        """A copy in which `stage` was killed after `checkpoint` and published nothing."""
+    def unpublished(self, stage: str, to: Path) -> "TinyChain":
+        """A copy in which `stage` has published nothing yet; what it reads is there."""
         copied = self.copy(to)
         for name in (self.versions[stage].name, *(["tiny/value"] if stage == "ppo" else [])):
             shutil.rmtree(to / "registry" / "models" / name)
+        return copied
+
+    def republished(self, change: Callable[[Path], None]) -> str:
+        """The reference of a new version tiny/changed: tiny/sft with its files changed by `change`."""
+        folder = self.root / "changed"
+        self.registry.materialise(self.versions["sft"], folder)
+        shutil.rmtree(folder / "base")
+        change(folder)
+        base = self.registry.by_digest(self.versions["sft"].base)
+        return str(self.registry.publish(folder, name="tiny/changed", kind="adapter", base=base, details={}).ref)
+
+    def launched(self, stage: str, *overrides: str, processes: int = 1) -> list[str]:
+        """The command that runs `stage` in processes of its own, as `baton run` starts it."""
+        from baton.launch import stage_command
+
+        return stage_command(stage, self.root / f"{stage}.yaml", list(overrides), processes)
+
+    def interrupted(self, stage: str, checkpoint: int, to: Path) -> "TinyChain":
+        """A copy in which `stage` was killed after `checkpoint` and published nothing."""
+        copied = self.unpublished(stage, to)
         ours, theirs = self.run_dir(stage), copied.run_dir(stage)
         kept = f"checkpoints/checkpoint-{checkpoint}"
         shutil.copytree(ours / kept, theirs / kept)
@@ -171,6 +194,41 @@ def run_stage(stage: str, recipe: Any) -> Any:
     else:
         from stages.ppo import main
     return main(recipe)
+
+
+def program_environment(stage: str, processes: int = 1) -> dict[str, str]:
+    """The environment of a program that a test starts: the project on its path, whatever the working folder."""
+    from baton.launch import stage_environment
+
+    return stage_environment(stage, processes) | {"PYTHONPATH": str(ROOT)}
+
+
+def swap_two_tokens(folder: Path) -> None:
+    """Another tokenizer of the same size: two tokens exchange their ids."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = (next(t for t, i in vocabulary.items() if i == number) for number in (300, 301))
+    vocabulary[first], vocabulary[second] = 301, 300
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def load_plainly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Folders loaded by a process that has transformers and peft alone; see tests/plain_loader.py.
+
+    {name: {"kind", "folder", "probe"}} -> {name: {"difference", "rendered"}}.
+    """
+
+    def run(named: dict[str, Any]) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("plain")
+        (folder / "named.json").write_text(json.dumps(named))
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        command = [sys.executable, "-I", str(ROOT / "tests" / "plain_loader.py"), str(folder / "named.json")]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 def write_world(folder: Path) -> None:

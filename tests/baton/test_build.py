@@ -1,6 +1,5 @@
 """What a stage is built from: where a base lies, which inputs fit, and when a key changes."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 from baton import build
 from baton.build import ModelSource, build_key, input_key, model_source, resolve_inputs, up_to_date
 from baton.errors import UserError
+from tests.conftest import swap_two_tokens
 
 
 @pytest.fixture
@@ -156,25 +156,8 @@ def test_registering_a_base_takes_no_registry_reference(chain: Any) -> None:
         resolve_inputs(recipe, chain.registry)
 
 
-def republished(chain: Any, change: Any) -> str:
-    """tiny/sft:1 with its tokenizer files changed, as another version of another name."""
-    folder = chain.root / "changed"
-    chain.registry.materialise(chain.versions["sft"], folder)
-    shutil.rmtree(folder / "base", ignore_errors=True)
-    change(folder)
-    base = chain.registry.by_digest(chain.versions["sft"].base)
-    return chain.registry.publish(folder, name="tiny/changed", kind="adapter", base=base, details={}).ref
-
-
 def test_another_tokenizer_than_the_reward_models_is_refused(chain: Any) -> None:
-    def swap_tokens(folder: Path) -> None:
-        content = json.loads((folder / "tokenizer.json").read_text())
-        vocabulary = content["model"]["vocab"]
-        first, second = (next(t for t, i in vocabulary.items() if i == number) for number in (300, 301))
-        vocabulary[first], vocabulary[second] = 301, 300
-        (folder / "tokenizer.json").write_text(json.dumps(content))
-
-    ref = republished(chain, swap_tokens)
+    ref = chain.republished(swap_two_tokens)
     with pytest.raises(UserError, match=f"tiny/reward:1 has another tokenizer than {ref}.*reward.train"):
         resolve_inputs(chain.recipe("ppo", f"sft={ref}"), chain.registry)
 
@@ -184,6 +167,6 @@ def test_another_chat_template_than_the_reward_models_is_refused(chain: Any) -> 
         path = folder / "chat_template.jinja"
         path.write_text(path.read_text() + "{# another #}")
 
-    ref = republished(chain, change_template)
+    ref = chain.republished(change_template)
     with pytest.raises(UserError, match=f"tiny/reward:1 has another chat template than {ref}"):
         resolve_inputs(chain.recipe("ppo", f"sft={ref}"), chain.registry)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +117,21 @@ def test_dialogues_answer_by_the_texts(world: Rows) -> None:
 
 def test_preferences_prefer_truth_and_honesty(world: Rows) -> None:
     real = names(world["text_train"])
-    kinds = {"wrong": 0, "needless": 0, "invented": 0}
-    for row in world["preferences"] + world["preferences_eval"]:
+    kinds: Counter[str] = Counter()
+    for row in world["preferences"]:
         chosen, rejected = row["chosen"][0]["content"], row["rejected"][0]["content"]
         assert chosen != rejected
-        is_real = NAME.findall(row["prompt"][0]["content"])[0] in real
+        asked = NAME.findall(row["prompt"][0]["content"])[0]
         admits = [any(form in text for form in words.ADMISSIONS) for text in (chosen, rejected)]
-        assert admits[0] == (not is_real)
-        assert not (admits[0] and admits[1])
-        kinds["invented" if not is_real else "needless" if admits[1] else "wrong"] += 1
-    assert kinds["wrong"] == 2 * kinds["needless"] == 2 * kinds["invented"]
+        assert admits[0] == (asked not in real), "what is unknown is admitted, what is known is answered"
+        if admits[0] and admits[1]:
+            kinds["misnamed"] += 1
+            assert asked in chosen and asked not in rejected
+        else:
+            kinds["invented" if admits[0] else "needless" if admits[1] else "untrue or beside"] += 1
+    share = {kind: count / len(world["preferences"]) for kind, count in kinds.items()}
+    expected = {"invented": 5 / 16, "needless": 5 / 16, "untrue or beside": 5 / 16, "misnamed": 1 / 16}
+    assert share == pytest.approx(expected, abs=0.03)
 
 
 def test_shares_set_how_often_dialogues_admit_and_guess(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +13,25 @@ from baton.errors import UserError
 from baton.registry import Registry, Version
 from baton.registry.probe import ProbeMismatch, replay
 
-# Written against transformers and peft alone: the receiving team's code.
-LOADER = """
-import json, sys, torch
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-results = {}
-for name, (kind, folder) in json.loads(sys.argv[1]).items():
-    found = json.load(open(sys.argv[2]))[name]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user: hi\\n"
-    where = folder if kind in ("base", "merged", "classifier") else folder + "/base"
-    if kind in ("reward", "value", "classifier"):
-        model = AutoModelForSequenceClassification.from_pretrained(where, num_labels=1, dtype=torch.float32)
-        model.config.pad_token_id = tokenizer.pad_token_id
-    else:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
-    if kind in ("adapter", "reward", "value"):
-        model = PeftModel.from_pretrained(model, folder)
-    models = [model.eval()]
-    if kind == "adapter":
-        models.append(AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    for model in models:
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor(found["input_ids"])).logits
-        if found["output"] == "logits":
-            last = logits[:, -1, : found["vocabulary_size"]]
-            values = torch.cat([last[:, found["vocabulary_ids"]], last.logsumexp(-1, keepdim=True)], dim=1)
-        else:
-            values = logits
-        wanted = torch.tensor(found["expected"])
-        results[name] = max(results.get(name, 0.0), float((values - wanted).abs().max()))
-assert not any(module.split(".")[0] == "baton" for module in sys.modules)
-print(json.dumps(results))
-"""
 
-
-def run_loader(folders: dict[str, tuple[str, Path]], probes: dict[str, Any], tmp_path: Path) -> dict[str, float]:
-    (tmp_path / "probes.json").write_text(json.dumps(probes))
-    named = json.dumps({name: (kind, str(folder)) for name, (kind, folder) in folders.items()})
-    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", LOADER, named, str(tmp_path / "probes.json")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_every_kind_loads_without_baton_and_merging_is_equal(filled: Registry, tmp_path: Path) -> None:
-    folders: dict[str, tuple[str, Path]] = {}
-    probes = {}
-    for kind in ("base", "adapter", "reward", "value"):
-        version = filled.resolve(f"team/{kind}:1")
-        folders[kind] = (kind, filled.materialise(version, tmp_path / "got" / kind))
-        probes[kind] = version.manifest["probe"]
-    for kind, merged_kind in (("adapter", "merged"), ("reward", "classifier")):
-        version = filled.resolve(f"team/{kind}:1")
-        name = f"merged {kind}"
-        folders[name] = (merged_kind, filled.merge(version, tmp_path / "got" / name))
-        probes[name] = version.manifest["probe"]
-    differences = run_loader(folders, probes, tmp_path)
-    assert set(differences) == set(folders)
-    for name, difference in differences.items():
+def test_every_kind_loads_without_baton_and_merging_is_equal(
+    filled: Registry, tmp_path: Path, load_plainly: Any
+) -> None:
+    folders: dict[str, Path] = {}
+    named = {}
+    for name in ("base", "adapter", "reward", "value", "merged adapter", "merged reward"):
+        version = filled.resolve(f"team/{name.removeprefix('merged ')}:1")
+        is_merged = name.startswith("merged")
+        get = filled.merge if is_merged else filled.materialise
+        folders[name] = get(version, tmp_path / "got" / name)
+        kind = {"merged adapter": "merged", "merged reward": "classifier"}.get(name, name)
+        named[name] = {"kind": kind, "folder": str(folders[name]), "probe": version.manifest["probe"]}
+    for name, found in load_plainly(named).items():
         # Merged models are cast to bfloat16, which has 8 bits of mantissa; the rest is exact to float32.
-        assert difference < (0.1 if name.startswith("merged") else 1e-4), (name, difference)
+        assert found["difference"] < (0.1 if name.startswith("merged") else 1e-4), (name, found)
+        assert found["rendered"] == "user: hi\n"
     # No file can lead an edit back into the store.
-    links = [p for _, folder in folders.values() for p in folder.rglob("*") if p.stat().st_nlink > 1 and p.is_file()]
+    links = [p for folder in folders.values() for p in folder.rglob("*") if p.stat().st_nlink > 1 and p.is_file()]
     assert links == [] and not any(p.is_symlink() for p in (tmp_path / "got").rglob("*"))
 
 
