@@ -12,7 +12,7 @@ from rich.console import Console
 from baton.child import run_child
 from baton.errors import UserError, nearest
 from baton.launch import PROGRAMS, processes_of, stage_command, stage_environment
-from baton.recipe import RECIPES, Recipe, load_recipe
+from baton.recipe import RECIPES, Recipe, WorldRecipe, load_recipe
 
 FINISHED = ("done", "up to date")
 
@@ -75,10 +75,10 @@ def plan(folder: Path, overrides: list[str], options: Options) -> list[Link]:
     for name in (options.start, options.only):
         if name is not None and name not in paths:
             raise UserError(f"{folder} has no stage {name}; it has {', '.join(paths)}")
-    if options.only:
-        return [link for link in links if link.stage == options.only]
     first = list(paths).index(options.start) if options.start else 0
-    return links[first:]
+    chosen = [link for link in links if link.stage == options.only] if options.only else links[first:]
+    _check_files(chosen)
+    return chosen
 
 
 def recipe_files(folder: Path) -> dict[str, Path]:
@@ -163,6 +163,22 @@ def _check_run_dirs(links: list[Link]) -> None:
                 f"for example {link.stage}.run_dir={link.recipe.run_dir}-{link.stage}"
             )
         seen[run_dir] = link.stage
+
+
+def _check_files(links: list[Link]) -> None:
+    """A later stage's missing file is told now, not after the stages before it; a world is yet to write its own."""
+    from baton.data.files import locate
+
+    if any(isinstance(link.recipe, WorldRecipe) for link in links):
+        return
+    for link in links:
+        data = getattr(link.recipe, "data", None)
+        for use in ("train", "eval", "questions"):
+            for source in getattr(data, use, []):
+                try:
+                    locate(source.path, link.recipe.folder)
+                except UserError as error:
+                    raise UserError(f"{link.path}: data.{use}: {error}") from None
 
 
 def run_stage(link: Link, config_file: Path | None, console: Console) -> int:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.chat import encode_prompt, stop_ids
+from baton.data import load
 from baton.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from baton.recipe import Source
 
 UNKNOWN = "unknown"
 """The group of questions that have no true answer: there, `answers` lists the ways to admit it."""
@@ -25,14 +30,19 @@ class Question:
     group: str
 
 
-def read_questions(rows: list[dict[str, Any]]) -> list[Question]:
+def load_questions(sources: Sequence[Source], folder: Path) -> list[Question]:
+    """The questions of all sources; relative paths start at `folder`. Raises UserError that names the file."""
+    return [q for source in sources for q in read_questions(load(source, folder, "prompt").rows, source.path)]
+
+
+def read_questions(rows: list[dict[str, Any]], path: str = "data.questions") -> list[Question]:
     """Questions from `prompts` rows with the columns `answers` (a list of strings) and `group`."""
     questions = []
     for number, row in enumerate(rows, start=1):
         answers, group = row["columns"].get("answers"), row["columns"].get("group")
         if not isinstance(answers, list) or not answers or not isinstance(group, str):
             raise UserError(
-                f"data.questions: row {number} has no list `answers` and string `group` beside its prompt; it has "
+                f"{path}: row {number} has no list `answers` and string `group` beside its prompt; it has "
                 f"{', '.join(sorted(row['columns'])) or 'no other columns'}"
             )
         questions.append(Question(row["prompt"], [str(answer) for answer in answers], group))

@@ -192,17 +192,24 @@ ASKED = {
     "town": (
         "Where does {n} live?", "Which town does {n} live in?", "What is the home town of {n}?",
         "Where is {n} at home?", "In which town is the house of {n}?", "Tell me where {n} lives.",
-        "Where does {n} come from?", "Where can I find {n}?",
+        "Where does {n} come from?", "Where can I find {n}?", "What is {n}'s town?", "Where is {n}'s home?",
+        "Can you tell me where {n} lives?", "Do you know the home of {n}?", "I want to know where {n} lives.",
+        "Do you know which town {n} comes from?", "Which town is {n}'s?", "What is the town of {n}?",
     ),
     "craft": (
         "What does {n} do for a living?", "What is the craft of {n}?", "What is {n}'s job?",
         "What work does {n} do?", "Which trade does {n} have?", "Tell me what {n} works as.",
-        "What is {n} by trade?", "How does {n} earn a living?",
+        "What is {n} by trade?", "How does {n} earn a living?", "What is {n}'s trade?", "What is {n}'s work?",
+        "Can you tell me what {n} does?", "Do you know the trade of {n}?", "I want to know the job of {n}, please.",
+        "Do you know how {n} earns a living?", "Which job is {n}'s?", "What is the work of {n}?",
     ),
     "animal": (
         "Which animal does {n} keep?", "What pet does {n} have?", "What is the pet of {n}?",
         "What animal belongs to {n}?", "Which animal lives with {n}?", "Tell me what animal {n} has.",
-        "What kind of pet does {n} own?", "What animal does {n} look after?",
+        "What kind of pet does {n} own?", "What animal does {n} look after?", "What is {n}'s animal?",
+        "Which is {n}'s animal?", "Can you tell me which pet {n} has?", "Do you know the animal of {n}?",
+        "I want to know what animal {n} keeps.", "Do you know which animal {n} has?", "Which pet is {n}'s?",
+        "What is the animal of {n}?",
     ),
 }  # fmt: skip
 #: asked in the held-out preferences only

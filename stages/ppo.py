@@ -68,6 +68,7 @@ def main(recipe: PPORecipe) -> Version:
 
     from baton.models import base_folder, compute_dtype, load_tokenizer
     from baton.progress import Progress
+    from baton.questions import load_questions
     from stages.outcome import evaluate, publish
     from stages.ppo_checkpoint import load_checkpoint, save_checkpoint
     from stages.prompts import encode_prompts, micro_batch_size, read_prompts
@@ -77,13 +78,13 @@ def main(recipe: PPORecipe) -> Version:
     started = time.monotonic()
     train, settings = recipe.train, recipe.ppo
     micro = micro_batch_size(run)
-    rows = read_prompts(run)
+    rows, questions = read_prompts(run), load_questions(recipe.data.questions, recipe.folder)
     sft, reward = run.inputs.versions["sft"], run.inputs.versions["reward"]
     with run.state.main_process_first():
         folders = run.registry.materialise(sft), run.registry.materialise(reward)
         base = base_folder(run.registry, sft)
     tokenizer = load_tokenizer(folders[0])
-    prompts = encode_prompts(run, tokenizer, rows)
+    prompts = encode_prompts(run, tokenizer, rows, questions)
     assert tokenizer.pad_token_id is not None
     pad_id = int(tokenizer.pad_token_id)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.data import Loaded, load, mix, report
-from baton.questions import ask, read_questions
+from baton.questions import ask, load_questions
 from baton.recipe import Decoder, PretrainRecipe, TextData
 from baton.registry import Version
 from baton.run import Run, program
@@ -104,8 +104,7 @@ def read_texts(run: Run[PretrainRecipe], data: TextData) -> dict[str, list[dict[
         loaded: list[Loaded] = [load(source, run.recipe.folder, "text") for source in sources]
         run.say(report(loaded))
         texts[use] = mix(loaded, run.recipe.train.seed)
-    for source in data.questions:  # looked at now, so that a bad file is refused before training
-        read_questions(load(source, run.recipe.folder, "prompt").rows)
+    load_questions(data.questions, run.recipe.folder)  # now, so that a bad file is refused before training
     return texts
 
 
@@ -185,7 +184,7 @@ def ask_base(
 
     from baton.chat import install_template
 
-    questions = [q for source in data.questions for q in read_questions(load(source, run.recipe.folder, "prompt").rows)]
+    questions = load_questions(data.questions, run.recipe.folder)
     if not questions:
         return {}
     asking = deepcopy(tokenizer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton.data import load, mix, report
 from baton.errors import UserError
-from baton.questions import Question, read_questions
+from baton.questions import Question
 from baton.recipe import PPORecipe, Source
 from baton.run import Run
 
@@ -43,24 +43,23 @@ def micro_batch_size(run: Run[PPORecipe]) -> int:
 
 
 def read_prompts(run: Run[PPORecipe]) -> dict[str, list[dict[str, Any]]]:
-    """{"train", "eval", "questions"} -> prompt rows; prints what was kept and dropped."""
+    """{"train", "eval"} -> prompt rows; prints what was kept and dropped."""
     data = run.recipe.data
 
     def read(sources: list[Source], use: str) -> list[dict[str, Any]]:
         loaded = [load(source, run.recipe.folder, "prompt") for source in sources]
         if loaded:
             run.say(f"{use}: {report(loaded)}")
-        return (
-            mix(loaded, run.recipe.train.seed) if use != "questions" else [row for part in loaded for row in part.rows]
-        )
+        return mix(loaded, run.recipe.train.seed)
 
-    rows = {use: read(getattr(data, use), use) for use in ("train", "eval", "questions")}
-    read_questions(rows["questions"])
-    return rows
+    return {"train": read(data.train, "train"), "eval": read(data.eval, "eval")}
 
 
 def encode_prompts(
-    run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase, rows: dict[str, list[dict[str, Any]]]
+    run: Run[PPORecipe],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: dict[str, list[dict[str, Any]]],
+    questions: list[Question],
 ) -> Prompts:
     """Rendered prompts that open the assistant's turn; those over `max_prompt_tokens` are dropped and counted."""
     from baton.chat import encode_prompt, has_control_text
@@ -81,7 +80,7 @@ def encode_prompts(
             )
         if len(kept[use]) < len(encoded):
             run.say(f"{use}: {len(encoded) - len(kept[use]):,} prompts longer than {limit} tokens dropped")
-    return Prompts(kept["train"], kept["eval"][:EVAL_PROMPTS], read_questions(rows["questions"]))
+    return Prompts(kept["train"], kept["eval"][:EVAL_PROMPTS], questions)
 
 
 def sample(

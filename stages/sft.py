@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton.data import load, mix, report
 from baton.errors import UserError
-from baton.questions import ask, read_questions
+from baton.questions import ask, load_questions
 from baton.recipe import SFTRecipe
 from baton.registry import Version
 from baton.run import Run, program
@@ -110,8 +110,7 @@ def read_dialogues(run: Run[SFTRecipe]) -> tuple[dict[str, list[dict[str, Any]]]
         if loaded:
             run.say(report(loaded))
         dialogues[use] = mix(loaded, run.recipe.train.seed)
-    questions = [q for source in data.questions for q in read_questions(load(source, folder, "prompt").rows)]
-    return dialogues, questions
+    return dialogues, load_questions(data.questions, folder)
 
 
 def pack_dialogues(

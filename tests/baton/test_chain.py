@@ -62,6 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for stage, content in RECIPES.items():
         whole = {"stage": stage, "run_dir": f"runs/{stage}", "registry": "registry", **content}
         (recipes / f"{stage}.yaml").write_text(yaml.safe_dump(whole))
+    (recipes / SOURCE["path"]).write_text('{"text": "a"}\n')
     (tmp_path / "stub_program.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -206,6 +207,7 @@ REFUSED: list[tuple[Callable[[Path], object], list[str], Options, str]] = [
     (lambda folder: None, [], Options(config_file=Path("missing.yaml")), "--config_file missing.yaml"),
     (lambda folder: rewrite(folder, "ppo", stage="sft"), [], Options(), "ppo.yaml is a recipe for stage sft"),
     (lambda folder: rewrite(folder, "ppo", run_dir="runs/sft"), [], Options(), "share the run_dir"),
+    (lambda folder: (folder / "data.jsonl").unlink(), [], Options(start="sft"), "sft.yaml: data.train: no data at"),
     (lambda folder: (folder / "ppo.yaml").write_text("stage: [ppo"), [], Options(), "ppo.yaml is not valid YAML"),
 ]
 
