@@ -38,8 +38,8 @@ PAIRS := $(abspath $(SHARED))/data/preferences/hh_helpful_en_4000.jsonl.gz
 LOCAL := pretrain.base=$(abspath $(BASE)) \
     'sft.data.train=[{path: $(DIALOGUES)/dolly_hhrlhf_en_1000.jsonl.gz, rows: [0, 900]}, {path: $(DIALOGUES)/oasst_en_100_trees.jsonl.gz, rows: [0, 90]}]' \
     'sft.data.eval=[{path: $(DIALOGUES)/dolly_hhrlhf_en_1000.jsonl.gz, rows: [900, 1000]}, {path: $(DIALOGUES)/oasst_en_100_trees.jsonl.gz, rows: [90, 100]}]' \
-    'reward.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'reward.data.eval=[{path: $(PAIRS), rows: [3500, 4000]}]' \
-    'ppo.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'ppo.data.eval=[{path: $(PAIRS), rows: [3500, 4000]}]'
+    'reward.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'reward.data.eval=[{path: $(PAIRS), rows: [3500, 3800]}]' \
+    'ppo.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'ppo.data.eval=[{path: $(PAIRS), rows: [3800, 3848]}]'
 
 smollm2: .venv/installed
 	if [ -d $(SHARED) ]; then \

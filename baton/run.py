@@ -132,29 +132,31 @@ class Run(Generic[T]):
 
             staged = self.folder / f"publish-{kind}"
             shutil.rmtree(staged, ignore_errors=True)
-            with full_disk_is_user_error(f"writing {staged} failed, and nothing was published"):
-                staged.mkdir(parents=True)
-                write(staged)
-            target, label = name or self.recipe.publish.name, alias or self.recipe.publish.alias
-            data = [{"use": use, **row} for use, rows in self.inputs.sources.items() for row in rows]
-            version = self.registry.publish(
-                staged,
-                name=target,
-                kind=kind,
-                base=base,
-                parents=self.inputs.versions if parents is None else parents,
-                details={
-                    "data": [] if recipe else data,
-                    "recipe": recipe or self.recipe.model_dump(mode="json"),
-                    "metrics": metrics or {},
-                    "licence": None if recipe else self.recipe.licence,
-                    "build_key": None if recipe else self.build_key,
-                },
-            )
-            if self.registry.aliases(target).get(label) != version.number:
-                self.registry.promote(version.ref, label, reason=f"published by stage {self.recipe.stage}")
-            shutil.rmtree(staged)
-            return version
+            try:
+                with full_disk_is_user_error(f"writing {staged} failed, and nothing was published"):
+                    staged.mkdir(parents=True)
+                    write(staged)
+                target, label = name or self.recipe.publish.name, alias or self.recipe.publish.alias
+                data = [{"use": use, **row} for use, rows in self.inputs.sources.items() for row in rows]
+                version = self.registry.publish(
+                    staged,
+                    name=target,
+                    kind=kind,
+                    base=base,
+                    parents=self.inputs.versions if parents is None else parents,
+                    details={
+                        "data": [] if recipe else data,
+                        "recipe": recipe or self.recipe.model_dump(mode="json"),
+                        "metrics": metrics or {},
+                        "licence": None if recipe else self.recipe.licence,
+                        "build_key": None if recipe else self.build_key,
+                    },
+                )
+                if self.registry.aliases(target).get(label) != version.number:
+                    self.registry.promote(version.ref, label, reason=f"published by stage {self.recipe.stage}")
+                return version
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
 
         return _on_main(self.state, on_main)
 

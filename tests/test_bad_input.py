@@ -117,13 +117,10 @@ def test_a_wrong_type(programs: Programs, stage: str) -> None:
     assert message.startswith(f"{programs.root / stage}.yaml: train.steps is 'many': input should be a valid integer")
 
 
-@pytest.mark.parametrize(
-    ("override", "key"),
-    [("publish.name=Tiny", "publish"), ("publish.alias='7'", "publish"), ("publish.name=a/b/c", "")],
-)
+@pytest.mark.parametrize("override", ["publish.name=Tiny", "publish.name=a/b/c", "publish.alias='7'"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_name_that_the_registry_cannot_hold(programs: Programs, stage: str, override: str, key: str) -> None:
-    assert f"{stage}.yaml: {key}" in programs.refusal(stage, override)
+def test_a_name_that_the_registry_cannot_hold(programs: Programs, stage: str, override: str) -> None:
+    assert programs.refusal(stage, override).startswith(f"{programs.root / stage}.yaml: publish: bad ")
 
 
 def test_a_bad_name_for_the_value_model(programs: Programs) -> None:
@@ -334,6 +331,7 @@ def test_a_full_disk_while_publishing(
     assert code == 2 and "Traceback" not in printed
     assert "error: " in printed and "no space left on the disk" in printed and "free some space" in printed
     assert programs.stored() == before
+    assert list(programs.chain.run_dir("sft").glob("publish-*")) == []
     # the training is not lost: with room again the same command publishes from the last checkpoint
     code, printed = programs.run("sft")
     assert code == 0 and "continuing from" in printed and "published tiny/sft:1" in printed
@@ -366,7 +364,7 @@ def test_each_program_exits_with_2(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["run", "{root}", "train.stepps=3"], "no stage of the folder has a key"),
+        (["run", "{root}", "train.stepps=3"], "pretrain.yaml: unknown key train.stepps; did you mean steps?"),
         (["run", "{root}", "sft.data.eval=[{{path: nowhere.jsonl}}]"], "sft.yaml: data.eval: no data at"),
         (["show", "tiny/stf:1", "--registry", "{root}/registry"], "nearest: tiny/sft"),
         (["chat", "tiny/sft:canddate", "--once", "hi", "--registry", "{root}/registry"], "tiny/sft:candidate"),
