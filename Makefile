@@ -42,7 +42,7 @@ LOCAL := pretrain.base=$(abspath $(BASE)) \
     'ppo.data.train=[{path: $(PAIRS), rows: [0, 3500]}]' 'ppo.data.eval=[{path: $(PAIRS), rows: [3800, 3848]}]'
 
 smollm2: .venv/installed
-	if [ -d $(SHARED) ]; then \
+	@if [ -d $(SHARED) ]; then \
 	    $(BIN)/python $(SHARED)/models/make_smollm2.py $(BASE) && $(BIN)/baton run recipes/smollm2 $(LOCAL); \
 	else \
 	    $(BIN)/baton run recipes/smollm2; \

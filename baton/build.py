@@ -50,6 +50,7 @@ class Inputs:
     versions: dict[str, Version] = field(default_factory=dict)
     sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     model: ModelSource | None = None
+    template: str | None = None  # sha256 of a chat template that is a file
 
     def identity(self) -> dict[str, Any]:
         """Digests only."""
@@ -57,6 +58,7 @@ class Inputs:
             "versions": {role: version.digest for role, version in sorted(self.versions.items())},
             "sources": self.sources,
             "model": self.model.describe() if self.model else None,
+            "template": self.template,
         }
 
 
@@ -98,7 +100,8 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     if data is not None:
         for use in ("train", "eval", "questions"):
             sources[use] = [fingerprint(source, recipe.folder) for source in getattr(data, use, [])]
-    return Inputs(versions, sources, model)
+    template = recipe.folder / recipe.chat_template if isinstance(recipe, SFTRecipe) else None
+    return Inputs(versions, sources, model, _file_digest(template) if template and template.is_file() else None)
 
 
 def model_source(base: str, folder: Path) -> ModelSource | None:
@@ -128,13 +131,11 @@ def model_source(base: str, folder: Path) -> ModelSource | None:
     )
 
 
-def input_key(recipe: TrainedRecipe, inputs: Inputs) -> str:
-    """sha256 of recipe and inputs: a checkpoint is continued only under the same key."""
-    return _digest({"recipe": recipe.digest(), "inputs": inputs.identity()})
-
-
 def build_key(recipe: TrainedRecipe, inputs: Inputs) -> str:
-    """sha256 of recipe, inputs and Baton's code: a published version with this key is up to date."""
+    """sha256 of recipe, inputs and Baton's code.
+
+    A published version with this key is up to date; a checkpoint is continued only under the same key.
+    """
     return _digest({"recipe": recipe.digest(), "inputs": inputs.identity(), "code": code_digest()})
 
 

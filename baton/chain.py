@@ -12,7 +12,7 @@ from rich.console import Console
 from baton.child import run_child
 from baton.errors import UserError, nearest
 from baton.launch import PROGRAMS, processes_of, stage_command, stage_environment
-from baton.recipe import RECIPES, Recipe, WorldRecipe, load_recipe
+from baton.recipe import RECIPES, Recipe, TrainedRecipe, WorldRecipe, load_recipe
 
 FINISHED = ("done", "up to date")
 
@@ -78,6 +78,7 @@ def plan(folder: Path, overrides: list[str], options: Options) -> list[Link]:
     first = list(paths).index(options.start) if options.start else 0
     chosen = [link for link in links if link.stage == options.only] if options.only else links[first:]
     _check_files(chosen)
+    _check_references(chosen)
     return chosen
 
 
@@ -179,6 +180,36 @@ def _check_files(links: list[Link]) -> None:
                     locate(source.path, link.recipe.folder)
                 except UserError as error:
                     raise UserError(f"{link.path}: data.{use}: {error}") from None
+
+
+def _check_references(links: list[Link]) -> None:
+    """A reference must be there now, or be what an earlier stage of this run publishes."""
+    from baton.registry import Registry
+    from baton.registry.reference import parse
+
+    coming: set[str] = set()
+    for link in links:
+        recipe = link.recipe
+        if not isinstance(recipe, TrainedRecipe):
+            continue
+        made = [publish for publish in (recipe.publish, getattr(recipe, "publish_value", None)) if publish]
+        for publish in made:
+            parse(f"{publish.name}:{publish.alias}")
+        for key in ("base", "sft", "reward"):
+            reference = getattr(recipe, key, None)
+            if reference is None or reference in coming or (key == "base" and not _in_registry(reference, recipe)):
+                continue
+            try:
+                Registry.open(recipe.registry).resolve(reference)
+            except UserError as error:
+                raise UserError(f"{link.path}: {key}: {error}") from None
+        coming |= {f"{publish.name}:{publish.alias}" for publish in made}
+
+
+def _in_registry(base: str, recipe: TrainedRecipe) -> bool:
+    from baton.build import model_source
+
+    return model_source(base, recipe.folder) is None
 
 
 def run_stage(link: Link, config_file: Path | None, console: Console) -> int:

@@ -18,24 +18,36 @@ def load_external(source: ModelSource) -> tuple[Any, PreTrainedTokenizerBase]:
     A GGUF file is de-quantised to bfloat16. Raises UserError when the files do not load or do not belong together.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    loader: Any = AutoModelForCausalLM  # with the report it returns a pair, which its types do not know
     where = f"{source.path}@{source.revision}" if source.revision else source.path
     try:
         if source.kind == "gguf":
             folder, name = str(Path(source.path).parent), Path(source.path).name
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+            model, report = loader.from_pretrained(
+                folder, gguf_file=name, dtype=torch.bfloat16, output_loading_info=True
+            )
             _mark_dense(model)
         else:
             revision = source.revision or "main"
             tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(source.path, revision=revision, dtype="auto")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+            model, report = loader.from_pretrained(
+                source.path, revision=revision, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"base: {where} does not load as a causal language model with its tokenizer: {reason}"
         ) from None
+    absent = [*report["missing_keys"], *report["mismatched_keys"]]
+    if absent:
+        raise UserError(
+            f"base: {where} lacks {len(absent)} of the weights of a causal language model, such as {absent[0]}: they "
+            "would be random. Give a complete checkpoint"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):
         raise UserError(

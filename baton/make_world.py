@@ -30,7 +30,7 @@ def main(recipe: WorldRecipe) -> None:
         unknown_share=recipe.unknown_share,
         guess_share=recipe.guess_share,
     )
-    (out / STAMP).write_text(_key(recipe))
+    (out / STAMP).write_text(_key(recipe, out))
     print(f"wrote {out}: {', '.join(sorted(path.name for path in out.glob('*.jsonl')))}", flush=True)
 
 
@@ -41,13 +41,17 @@ def folder(recipe: WorldRecipe) -> Path:
 
 def is_written(recipe: WorldRecipe) -> bool:
     """Whether the files are there, from this recipe and this generator."""
-    stamp = folder(recipe) / STAMP
-    return stamp.is_file() and stamp.read_text() == _key(recipe)
+    out = folder(recipe)
+    stamp = out / STAMP
+    return stamp.is_file() and stamp.read_text() == _key(recipe, out)
 
 
-def _key(recipe: WorldRecipe) -> str:
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("world*.py")))
-    return hashlib.sha256(recipe.digest().encode() + code).hexdigest()
+def _key(recipe: WorldRecipe, out: Path) -> str:
+    """sha256 over the recipe, the generator's code and the files."""
+    digest = hashlib.sha256(recipe.digest().encode())
+    for path in [*sorted(Path(__file__).parent.glob("world*.py")), *sorted(out.glob("*.jsonl"))]:
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def program() -> None:
@@ -55,7 +59,8 @@ def program() -> None:
     from baton.run import write_status
 
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m baton.make_world RECIPE [key=value …]")
+        print("usage: python -m baton.make_world RECIPE [key=value …]", file=sys.stderr)
+        sys.exit(2)
     try:
         recipe = load_recipe(sys.argv[1], sys.argv[2:], WorldRecipe)
         main(recipe)

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from baton.registry import Registry, Version
 
 
-def compute_dtype(setting: str) -> torch.dtype:
-    """The dtype to compute in: `float32`, `bfloat16`, or `auto`, which asks the machine."""
+def compute_dtype(setting: str, device: str | None = None) -> torch.dtype:
+    """The dtype to compute in on `device` (`cpu`, `cuda`; by default what there is): `auto` asks the machine."""
     import torch
 
     if setting != "auto":
         return getattr(torch, setting)
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _fast_bfloat16() else torch.float32
 

@@ -56,8 +56,8 @@ PANELS = [
     ),
     Panel("KL from the reference", "nats per reply", {"kl_nats": "rollouts", "eval/kl_nats": "held out"}, {}),
     Panel("Length", "tokens per reply", {"length": "rollouts", "eval/length": "held out"}, {}),
-    Panel("Policy loss", "loss", {"policy_loss": "policy"}, {}),
-    Panel("Value loss", "loss", {"value_loss": "value"}, {}),
+    Panel("Policy loss", "loss", {"loss/policy": "policy"}, {}),
+    Panel("Value loss", "loss", {"loss/value": "value"}, {}),
     Panel("Gradient norm", "norm", {"grad_norm": "before clipping"}, {}),
 ]
 LOSS_UNITS = {"reward": "nats per pair", "ppo": "loss"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -63,7 +64,7 @@ class Train(Strict):
 
     steps: Positive
     learning_rate: PositiveFloat
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegative = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -168,7 +169,7 @@ class Recipe(Strict):
     """The keys that every stage shares."""
 
     stage: Stage
-    registry: str = ".baton/registry"
+    registry: str = Field(default_factory=lambda: os.environ.get("BATON_REGISTRY") or ".baton/registry")
     run_dir: str
     processes: Positive | None = None
 
@@ -368,7 +369,7 @@ def _read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         content = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: {error}") from None
     assert isinstance(content, dict)
     return {str(key): item for key, item in content.items()}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from baton.build import Inputs, build_key, input_key, published, resolve_inputs
+from baton.build import Inputs, build_key, published, resolve_inputs
 from baton.errors import UserError
 from baton.recipe import TrainedRecipe, load_recipe
 from baton.registry import Registry, Version
@@ -20,6 +22,7 @@ from baton.registry.reference import check_alias, check_name
 from baton.registry.store import full_disk_is_user_error
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
 
 T = TypeVar("T", bound=TrainedRecipe)
@@ -33,8 +36,8 @@ class Run(Generic[T]):
     registry: Registry
     inputs: Inputs
     state: PartialState
-    input_key: str
     build_key: str
+    dtype: torch.dtype
     started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -53,10 +56,10 @@ class Run(Generic[T]):
                 f"{state.num_processes} processes"
             )
         registry, inputs = _on_main(state, lambda: _open_inputs(recipe))
-        run = cls(recipe, registry, inputs, state, input_key(recipe, inputs), build_key(recipe, inputs))
+        key = build_key(recipe, inputs)
+        dtype = _on_main(state, lambda: _open_folder(recipe, key, state))
+        run = cls(recipe, registry, inputs, state, key, dtype)
         if state.is_main_process:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            run._drop_foreign_checkpoints()
             run.write_status("running", "")
         state.wait_for_everyone()
         return run
@@ -92,19 +95,20 @@ class Run(Generic[T]):
             print(text, flush=True)
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint of this recipe and these inputs."""
+        """The newest complete checkpoint of this recipe, these inputs and this code."""
         found = [path.parent for path in self.checkpoints.glob("checkpoint-*/complete")]
         return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
     def trim_metrics(self, step: int) -> None:
-        """Forget the metrics after `step`: a run that resumes there writes them again."""
+        """Forget the metrics after `step`, and the final ones: a run that resumes there writes them again."""
         path = self.folder / "metrics.jsonl"
         if not self.is_main or not path.is_file():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] <= step and "seconds" not in row:
                     kept.append(line)
             except json.JSONDecodeError:
                 continue  # the line that the interrupted run was writing
@@ -128,8 +132,6 @@ class Run(Generic[T]):
         """
 
         def on_main() -> Version:
-            import shutil
-
             staged = self.folder / f"publish-{kind}"
             shutil.rmtree(staged, ignore_errors=True)
             try:
@@ -163,6 +165,8 @@ class Run(Generic[T]):
     def finish(self, version: Version, word: str = "published") -> Version:
         """Record that the run is done."""
         if self.is_main:
+            # a finished run is never continued: with changed code, its last weights would pass for new ones
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.write_status("up to date" if word == "up to date" else "done", word, version=version.ref)
             self.say(
                 f"{word} {version.ref}  ({self.recipe.publish.name}:{self.recipe.publish.alias})  {version.digest}"
@@ -172,18 +176,6 @@ class Run(Generic[T]):
     def write_status(self, state: str, message: str, exit_code: int = 0, version: str | None = None) -> None:
         """Replace status.json: what the chain, and people, read after the program has gone."""
         write_status(self.folder, self.recipe.stage, state, message, exit_code, version)
-
-    def _drop_foreign_checkpoints(self) -> None:
-        """Checkpoints of another recipe or other inputs must not be continued: they go, with their metrics."""
-        import shutil
-
-        marker = self.folder / "input_key"
-        if self.checkpoints.is_dir() and (not marker.is_file() or marker.read_text() != self.input_key):
-            self.say(f"{self.folder}: recipe or inputs have changed; starting afresh")
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        if not self.last_checkpoint():
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        _replace(marker, self.input_key)
 
 
 def program(main: Callable[[T], Version], kind: type[T]) -> None:
@@ -208,16 +200,26 @@ def program(main: Callable[[T], Version], kind: type[T]) -> None:
         if _rank() == 0:
             print(f"error: {error}", file=sys.stderr)
             if recipe is not None:
-                write_status(Path(recipe.run_dir), recipe.stage, "refused", str(error), 2)
+                _last_words(recipe, "refused", str(error), 2)
     except KeyboardInterrupt:
         code = 130
-        if recipe is not None and _rank() == 0:
-            write_status(Path(recipe.run_dir), recipe.stage, "failed", "interrupted", 130)
+        if recipe is not None:
+            _last_words(recipe, "failed", "interrupted", 130)
     except BaseException as error:
         traceback.print_exc()
-        if recipe is not None and _rank() == 0:
-            write_status(Path(recipe.run_dir), recipe.stage, "failed", f"{type(error).__name__}: {error}", 1)
+        if recipe is not None:
+            _last_words(recipe, "failed", f"{type(error).__name__}: {error}", 1)
     _leave(code)
+
+
+def _last_words(recipe: TrainedRecipe, state: str, message: str, code: int) -> None:
+    """The status of a program that ends early; a folder that cannot be written must not hide why."""
+    if _rank() != 0:
+        return
+    try:
+        write_status(Path(recipe.run_dir), recipe.stage, state, message, code)
+    except OSError as error:
+        print(f"status.json cannot be written: {error}", file=sys.stderr)
 
 
 def write_status(
@@ -247,7 +249,9 @@ def _process_group(recipe: TrainedRecipe) -> PartialState:
 
     # left to itself, PartialState looks for an accelerator and ignores the launcher's switch
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    state = PartialState(cpu=use_cpu)
+    # rank 0 measures and publishes while the others wait: that may take longer than the libraries' ten minutes
+    patience = {"timeout": timedelta(hours=12)} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+    state = PartialState(cpu=use_cpu, **patience)
     started = int(state.num_processes)
     asked = {"WORLD_SIZE": os.environ.get("WORLD_SIZE"), "the recipe's processes": recipe.processes}
     asked["accelerate launch --num_processes"] = _launched_processes()
@@ -308,6 +312,36 @@ def _launched_processes() -> str | None:
         if word == "-m":
             return None
     return None
+
+
+def _open_folder(recipe: TrainedRecipe, key: str, state: PartialState) -> torch.dtype:
+    """Make the run's folder and choose the dtype to compute in; a run that is continued keeps its own.
+
+    Checkpoints of another recipe, other inputs or other code must not be continued: they are set aside.
+    """
+    import torch
+
+    from baton.models import compute_dtype
+
+    folder, checkpoints = Path(recipe.run_dir), Path(recipe.run_dir) / "checkpoints"
+    marker = folder / "build.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+        if before.get("build_key") != key:
+            if checkpoints.is_dir():
+                aside = folder / "checkpoints-before"
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoints.rename(aside)
+                print(f"{folder}: recipe, inputs or code have changed; starting afresh, checkpoints moved to {aside}")
+            dtype = str(compute_dtype(recipe.dtype, state.device.type)).removeprefix("torch.")
+            before = {"build_key": key, "dtype": dtype}
+            _replace(marker, json.dumps(before) + "\n")
+        if not any(checkpoints.glob("checkpoint-*/complete")):
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"run_dir: {folder} cannot be used as the run's folder: {error}") from None
+    return getattr(torch, before["dtype"])
 
 
 def _open_inputs(recipe: TrainedRecipe) -> tuple[Registry, Inputs]:

@@ -26,7 +26,6 @@ def trainer_settings(
     """
     per_process = rows_per_batch // run.state.num_processes
     micro = max(size for size in range(1, min(rows_per_micro_batch, per_process) + 1) if per_process % size == 0)
-    from baton.models import compute_dtype
 
     use_cpu = run.state.device.type == "cpu"
     return {
@@ -46,7 +45,7 @@ def trainer_settings(
         "save_strategy": "steps",
         "save_steps": train.save_every,
         "save_total_limit": 2,
-        "bf16": compute_dtype(run.recipe.dtype) is torch.bfloat16,
+        "bf16": run.dtype is torch.bfloat16,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
         "train_sampling_strategy": "sequential",  # the order is made by baton.schedule

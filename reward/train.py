@@ -28,7 +28,7 @@ def main(recipe: RewardRecipe) -> Version:
     from transformers import PrinterCallback, set_seed
     from trl import RewardConfig, RewardTrainer
 
-    from baton.models import base_folder, compute_dtype, load_tokenizer
+    from baton.models import base_folder, load_tokenizer
     from baton.schedule import row_order
     from baton.training import Recorder, drop_incomplete, trainer_settings
     from reward.scoring import pair_metrics
@@ -44,7 +44,7 @@ def main(recipe: RewardRecipe) -> Version:
     pairs = {use: encode_pairs(run, tokenizer, rows, use) for use, rows in data.items()}
 
     set_seed(train.seed)
-    dtype = compute_dtype(recipe.dtype)
+    dtype = run.dtype
     model = reward_from_sft(base, folder, dtype, int(tokenizer.pad_token_id))
     settings = trainer_settings(run, train, train.pairs_per_batch, train.pairs_per_micro_batch or train.pairs_per_batch)
     lengths = [max(len(a), len(b)) for a, b in zip(*pairs["train"].values(), strict=True)]
@@ -163,12 +163,16 @@ def write_reward(
 
     assert tokenizer.pad_token_id is not None
     pad_id = int(tokenizer.pad_token_id)
-    before = score(model, samples, pad_id)
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+    with autocast:
+        before = score(model, samples, pad_id)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
     fresh.config.pad_token_id = pad_id
-    after = score(PeftModel.from_pretrained(fresh, target).eval(), samples, pad_id)
+    with autocast:
+        after = score(PeftModel.from_pretrained(fresh, target).to(device).eval(), samples, pad_id)
     gap = float((before - after).abs().max())
     bound = (
         0.02 * (1 + float(before.abs().max())) if dtype is torch.bfloat16 else 1e-4 * (1 + float(before.abs().max()))

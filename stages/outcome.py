@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from baton.questions import ask
 from baton.recipe import PPORecipe
@@ -99,7 +99,7 @@ def publish(
     dtype: torch.dtype,
     prompts: Prompts,
 ) -> Version:
-    """The policy, and the value model where the recipe names one, each reloaded and rescored before it is published."""
+    """The policy, and the value model where the recipe names one; the policy is reloaded and compared first."""
     recipe = run.recipe
     base_version = run.registry.by_digest(run.inputs.versions["sft"].manifest["base"])
 
@@ -131,12 +131,12 @@ def check_reload(roles: Roles, base: Path, folder: Path, dtype: torch.dtype, ids
 
     from stages.roles import POLICY
 
-    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder).eval()
-    given = torch.tensor([ids])
     device = next(roles.parameters()).device
-    with torch.no_grad():
-        with roles.acting_as(POLICY) as model:
-            ours = model(input_ids=given.to(device)).logits[0, -1].float().log_softmax(-1).cpu()
+    fresh: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    fresh = PeftModel.from_pretrained(fresh, folder).to(device).eval()
+    given = torch.tensor([ids], device=device)
+    with torch.no_grad(), roles.acting_as(POLICY) as model:
+        ours = model(input_ids=given).logits[0, -1].float().log_softmax(-1)
         theirs = fresh(input_ids=given).logits[0, -1].float().log_softmax(-1)
     gap = float((ours.exp() * (ours - theirs)).sum())
     bound = 1e-6 if dtype is torch.float32 else 1e-2

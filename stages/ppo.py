@@ -66,7 +66,7 @@ def main(recipe: PPORecipe) -> Version:
     import torch
     from accelerate import Accelerator
 
-    from baton.models import base_folder, compute_dtype, load_tokenizer
+    from baton.models import base_folder, load_tokenizer
     from baton.progress import Progress
     from baton.questions import load_questions
     from stages.outcome import evaluate, publish
@@ -89,7 +89,7 @@ def main(recipe: PPORecipe) -> Version:
     pad_id = int(tokenizer.pad_token_id)
 
     accelerator = Accelerator(cpu=run.state.device.type == "cpu")
-    dtype = compute_dtype(recipe.dtype)
+    dtype = run.dtype
     roles = Roles(base, *folders, dtype, recipe.rollout.temperature).to(accelerator.device)
     optimizer = make_optimizer(roles, recipe)
     trained = accelerator.prepare_model(roles)
@@ -122,7 +122,7 @@ def main(recipe: PPORecipe) -> Version:
             run.log(step + 1, figures)
             shown = {"reward": figures["reward"], "kl": figures["kl_nats"], "length": figures["length"]}
             progress.update(step + 1, train.episodes_per_batch, shown)
-            if run.is_main and (step + 1) % train.save_every == 0:
+            if run.is_main and ((step + 1) % train.save_every == 0 or step + 1 == train.steps):
                 save_checkpoint(
                     run.checkpoints,
                     step + 1,
@@ -137,11 +137,13 @@ def main(recipe: PPORecipe) -> Version:
         restore(roles, previous)
     metrics = evaluate(run, roles, tokenizer, prompts) if run.is_main else {}
     budget = settings.kl_budget_nats
-    if budget and metrics.get("eval/kl_nats", 0.0) > budget:
+    if budget and not over_budget and metrics.get("eval/kl_nats", 0.0) > budget:
         # only held-out prompts have seen the weights after the last update
         run.say(f"held-out KL is {metrics['eval/kl_nats']:.2f} nats a reply, over ppo.kl_budget_nats: one update back")
         restore(roles, previous)
         metrics = evaluate(run, roles, tokenizer, prompts)
+    if budget and metrics.get("eval/kl_nats", 0.0) > budget:
+        run.say(f"warning: held-out KL is still {metrics['eval/kl_nats']:.2f} nats a reply; it is in the metrics")
     metrics["seconds"] = round(time.monotonic() - started, 1)
     run.log(train.steps, metrics)
     return run.finish(publish(run, roles, tokenizer, metrics, base, dtype, prompts))

@@ -34,7 +34,6 @@ def from_scratch(run: Run[PretrainRecipe]) -> Version:
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from baton.models import compute_dtype
     from baton.packing import collate, pack
     from baton.schedule import row_order
     from baton.training import Recorder, drop_incomplete, mean_loss, trainer_settings
@@ -69,10 +68,12 @@ def from_scratch(run: Run[PretrainRecipe]) -> Version:
 
     metrics: dict[str, Any] = {}
     trained = trainer.accelerator.unwrap_model(trainer.model)
+    # from here on, what is measured is what is published
+    refresh_unseen_rows(trained, packed["train"].rows, train.seed)
+    trained.to(getattr(torch, shape.dtype))
     if run.is_main:
-        dtype = compute_dtype(recipe.dtype)
         if documents["eval"]:
-            nats, count = mean_loss(trained, packed["eval"].rows, micro, dtype)
+            nats, count = mean_loss(trained, packed["eval"].rows, micro, run.dtype)
             num_bytes = sum(len(row["text"].encode()) for row in texts["eval"])
             metrics["eval/loss"] = nats
             metrics["eval/bits_per_byte"] = nats * count / math.log(2) / num_bytes
@@ -85,10 +86,7 @@ def from_scratch(run: Run[PretrainRecipe]) -> Version:
         metrics["seconds"] = round(time.monotonic() - started, 1)
         run.log(train.steps, metrics)
 
-    refresh_unseen_rows(trained, packed["train"].rows, train.seed)
-
     def write(folder: Path) -> None:
-        trained.to(getattr(torch, shape.dtype))
         trained.config.use_cache = True
         trained.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -200,15 +198,13 @@ def register_base(run: Run[PretrainRecipe]) -> Version:
 
     assert run.inputs.model
     source = run.inputs.model
-    model, tokenizer = load_external(source) if run.is_main else (None, None)
 
     def write(folder: Path) -> None:
-        assert model is not None and tokenizer is not None
+        model, tokenizer = load_external(source)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    metrics = {"parameters": sum(p.numel() for p in model.parameters())} if model is not None else {}
-    return run.publish(write, kind="base", metrics=metrics)
+    return run.publish(write, kind="base")
 
 
 def _quiet(trainer: Any) -> None:

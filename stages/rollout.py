@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,13 @@ def episode_prompts(seed: int, num_prompts: int, first: int, count: int) -> list
     chosen = []
     for index in range(first, first + count):
         epoch, place = divmod(index, num_prompts)
-        order = np.random.Generator(np.random.Philox(key=[seed, (epoch << 1) | ORDER_STREAM])).permutation(num_prompts)
-        chosen.append(int(order[place]))
+        chosen.append(int(_epoch_order(seed, epoch, num_prompts)[place]))
     return chosen
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, num_prompts: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 1) | ORDER_STREAM])).permutation(num_prompts)
 
 
 def sampling_noise(seed: int, index: int, length: int) -> np.ndarray:

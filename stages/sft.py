@@ -31,7 +31,7 @@ def main(recipe: SFTRecipe) -> Version:
 
     from baton.adapters import new_lora_config
     from baton.chat import install_template
-    from baton.models import compute_dtype, load_tokenizer
+    from baton.models import load_tokenizer
     from baton.packing import collate
     from baton.schedule import row_order
     from baton.training import Recorder, drop_incomplete, trainer_settings
@@ -47,7 +47,7 @@ def main(recipe: SFTRecipe) -> Version:
     packed = {use: pack_dialogues(run, tokenizer, rows, use) for use, rows in dialogues.items()}
 
     set_seed(train.seed)
-    dtype = compute_dtype(recipe.dtype)
+    dtype = run.dtype
     # the frozen base stays in the compute dtype: cast once here, not at every use under autocast
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), new_lora_config(recipe.lora))
     model.config.use_cache = False  # a cache in training would let packed dialogues attend to each other

@@ -153,7 +153,7 @@ class TinyChain:
         ours, theirs = self.run_dir(stage), copied.run_dir(stage)
         kept = f"checkpoints/checkpoint-{checkpoint}"
         shutil.copytree(ours / kept, theirs / kept)
-        for name in ("input_key", "metrics.jsonl"):
+        for name in ("build.json", "metrics.jsonl"):
             shutil.copy(ours / name, theirs / name)
         return copied
 

@@ -74,6 +74,8 @@ def load(source: Source, folder: Path, kind: str) -> Loaded:
     assert kind in KINDS, kind
     facts = fingerprint(source, folder)
     files = locate(source.path, folder)
+    if files and source.model_fields_set & {"split", "revision"}:
+        raise UserError(f"{source.path} is a local file: split and revision are for hub ids; use rows to take a part")
     records = read_records(files) if files else read_hub(source.path, source.split, source.revision)
     if source.rows:
         records = _slice(records, *source.rows, source.path)

@@ -331,7 +331,7 @@ def test_the_kl_budget_stops_and_goes_back(tiny_chain: Any, tmp_path: Path) -> N
     again.run_dir("ppo").mkdir(parents=True)
     (again.run_dir("ppo") / "checkpoints").mkdir()
     checkpoint.rename(again.run_dir("ppo") / "checkpoints" / checkpoint.name)
-    (again.run_dir("ppo") / "input_key").write_text((chain.run_dir("ppo") / "input_key").read_text())
+    (again.run_dir("ppo") / "build.json").write_text((chain.run_dir("ppo") / "build.json").read_text())
     repeated = ppo.main(again.recipe("ppo", *overrides))
     assert [f["sha256"] for f in repeated.manifest["files"]] == [f["sha256"] for f in version.manifest["files"]]
 
