@@ -165,8 +165,6 @@ class Run(Generic[T]):
     def finish(self, version: Version, word: str = "published") -> Version:
         """Record that the run is done."""
         if self.is_main:
-            # a finished run is never continued: with changed code, its last weights would pass for new ones
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.write_status("up to date" if word == "up to date" else "done", word, version=version.ref)
             self.say(
                 f"{word} {version.ref}  ({self.recipe.publish.name}:{self.recipe.publish.alias})  {version.digest}"

@@ -68,7 +68,13 @@ def test_asking_is_greedy_and_stops_at_the_turns_end(tiny_chain: Any) -> None:
 
     model, tokenizer = load_policy(tiny_chain.registry, tiny_chain.versions["sft"], "float32")
     metrics, texts = ask(model, tokenizer, [question(["zzz"]), question(["zzz"], "unknown")], max_new_tokens=6)
-    assert metrics == {"answers/known": 0.0, "answers/unknown": 0.0, "inventions/unknown": 1.0}
+    assert metrics == {
+        "answers/known": 0.0,
+        "answers/unknown": 0.0,
+        "mentions/known": 0.0,
+        "mentions/unknown": 0.0,
+        "inventions/unknown": 1.0,
+    }
     assert texts[0] == texts[1]
     prompt = "<|im_start|>user\nWhere does Ada live?<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]

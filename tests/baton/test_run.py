@@ -65,7 +65,26 @@ def test_checkpoints_of_another_recipe_or_data_are_dropped(
     run.log(2, {"loss": 1.0})
     again = Run.start(chain.recipe("sft", override))
     assert again.last_checkpoint() is None and not (again.folder / "metrics.jsonl").exists()
-    assert "recipe or inputs have changed; starting afresh" in capsys.readouterr().out
+    assert "recipe, inputs or code have changed; starting afresh" in capsys.readouterr().out
+
+
+def test_checkpoints_of_other_code_are_set_aside(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.start(chain.recipe("sft"))
+    checkpoint(run, 2)
+    monkeypatch.setattr("baton.build.code_digest", lambda: "other code")
+    again = Run.start(chain.recipe("sft"))
+    assert again.last_checkpoint() is None, "old weights must not be published as the new code's"
+    assert (again.folder / "checkpoints-before" / "checkpoint-2" / "complete").is_file()
+
+
+def test_the_dtype_is_chosen_once_and_kept(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("baton.models._fast_bfloat16", lambda: True)
+    assert Run.start(chain.recipe("sft", "dtype=auto")).dtype is torch.bfloat16
+    monkeypatch.setattr("baton.models._fast_bfloat16", lambda: False)
+    assert Run.start(chain.recipe("sft", "dtype=auto")).dtype is torch.bfloat16, "a run that goes on keeps its own"
+    assert Run.start(chain.recipe("sft", "dtype=float32")).dtype is torch.float32
 
 
 def test_checkpoints_of_another_input_version_are_dropped(chain: Any) -> None:

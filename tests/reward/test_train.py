@@ -167,7 +167,7 @@ def test_long_pairs_are_dropped_whole_and_counted(run: Any, tokenizer: Any, caps
 
 def test_questions_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
     chain = tiny_chain.copy(tmp_path)
-    with pytest.raises(UserError, match="data.questions would be ignored"):
+    with pytest.raises(UserError, match="unknown key data.questions; valid here: train, eval"):
         train.main(chain.recipe("reward", "data.questions=[{path: world/questions.jsonl}]"))
 
 

@@ -173,5 +173,5 @@ def test_a_base_that_does_not_load_is_refused(tiny_chain: Any, tmp_path: Path) -
 
 def test_heads_that_do_not_divide_the_width_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
     chain = tiny_chain.copy(tmp_path)
-    with pytest.raises(UserError, match=r"hidden_size \(30\) must be a multiple of model.heads \(4\)"):
+    with pytest.raises(UserError, match=r"hidden_size \(30\) must be an even multiple of heads \(4\)"):
         pretrain.main(chain.recipe("pretrain", "model.hidden_size=30"))

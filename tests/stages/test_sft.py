@@ -189,7 +189,7 @@ def test_a_base_that_is_a_folder_is_registered_first(tiny_chain: Any, tmp_path: 
             "data.questions=[]",
         )
     )
-    registered = chain.registry.resolve("guest/base:main")
+    registered = chain.registry.resolve("guest/base:from-sft")
     assert version.base == registered.digest
     assert registered.manifest["parents"] == {} or registered.manifest["parents"] == []
 
