@@ -70,6 +70,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for stage in ORDER:
         monkeypatch.setitem(launch.PROGRAMS, stage, "stub_program")
     monkeypatch.setattr("baton.build.up_to_date", lambda recipe: None)
+    monkeypatch.setattr("baton.chain._check_references", lambda links: None)  # the stubs publish nothing
     act(folder=tmp_path)
     return recipes
 
@@ -251,3 +252,29 @@ def test_a_stage_that_ran_is_plotted(folder: Path) -> None:
     _, text = run_chain(folder, options=Options(only="sft"))
     assert "runs/sft/plots/sft.png" in text
     assert Path("runs/sft/plots/sft.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ppo.reward=t/rewrd:candidate"], "ppo.yaml: reward: "),
+        (["ppo.sft=t/sft:other"], "ppo.yaml: sft: "),
+        (["ppo.publish.name=Bad"], "Bad"),
+        (["pretrain.base=../nowhere"], "there is no folder ../nowhere"),
+    ],
+)
+def test_a_later_stages_reference_is_checked_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    for stage, content in RECIPES.items():
+        whole = {"stage": stage, "run_dir": f"runs/{stage}", "registry": "registry", **content}
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    for path in list(tmp_path.glob("*.yaml")):
+        path.rename(tmp_path / "recipes" / path.name)
+    assert [link.stage for link in plan(Path("recipes"), [], Options())] == ORDER
+    with pytest.raises(UserError, match=message):
+        plan(Path("recipes"), overrides, Options())

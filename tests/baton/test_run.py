@@ -132,7 +132,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     """Let the process above this one be `words`."""
     import psutil
 
-    parent = SimpleNamespace(cmdline=lambda: words)
+    parent = SimpleNamespace(cmdline=lambda: words, environ=lambda: {"OMP_NUM_THREADS": "1"})
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
 
 

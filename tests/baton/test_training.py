@@ -53,9 +53,9 @@ def test_the_recipes_settings_reach_the_trainer(tiny_chain: Any, run: Run[Any]) 
         "train.seed=11",
         "train.log_every=3",
         "train.save_every=7",
-        "dtype=bfloat16",
     )
     run.recipe = recipe
+    run.dtype = torch.bfloat16
     arguments = TrainingArguments(**trainer_settings(run, recipe.train, 2, 1))
     assert arguments.max_steps == 4 and arguments.learning_rate == 0.01
     assert arguments.lr_scheduler_type == "constant_with_warmup" and arguments.warmup_steps == 2

@@ -155,7 +155,7 @@ def test_loading_a_base_keeps_its_weights_and_dtype(tiny_chain: Any, tmp_path: P
     before = load_file(source / "model.safetensors")
     after = load_file(chain.registry.materialise(version) / "model.safetensors")
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
-    assert version.manifest["metrics"]["parameters"] == 31392
+    assert version.manifest["architecture"]["num_parameters"] == 31392
 
 
 def test_a_base_that_does_not_load_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
