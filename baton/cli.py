@@ -111,6 +111,9 @@ registry_commands.register(app)
 
 def main() -> None:
     """The console script: a user's mistake is one message and exit code 2."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, nothing that a user can mend
     try:
         app()
     except UserError as error:
