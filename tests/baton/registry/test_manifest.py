@@ -19,7 +19,7 @@ def test_canonical_json_by_hand() -> None:
 
 def test_storable_hides_local_paths_and_spells_what_json_cannot() -> None:
     given: dict[str, Any] = {
-        "run_dir": Path("/home/someone/runs/x"),
+        "run_dir": Path("/elsewhere/runs/x"),
         "rows": (1, None),
         "loss": float("nan"),
         "kl": float("inf"),
