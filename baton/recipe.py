@@ -8,22 +8,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from baton.errors import UserError, nearest
+from baton.ppo_sections import Algorithm, RewardSource, Rollout
+from baton.strict import Fraction, NonNegative, Positive, PositiveFloat, Strict
 
 Stage = Literal["world", "pretrain", "sft", "reward", "ppo"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 R = TypeVar("R", bound="Recipe")
-
-
-class Strict(BaseModel):
-    """A section of a recipe: unknown keys are errors, values are never written back."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Source(Strict):
@@ -107,11 +99,17 @@ class PairTrain(Train):
 
 
 class EpisodeTrain(Train):
-    """PPO: `steps` rollouts of `episodes_per_batch` replies each; the critic may have its own learning rate."""
+    """PPO: `steps` rollouts of `episodes_per_batch` replies each; the critic may have its own learning rate.
+
+    A micro-batch holds replies of like length, at most `tokens_per_micro_batch` real tokens of them; `eval_every` steps
+    the policy is measured on held-out prompts, and the last `keep` checkpoints are kept.
+    """
 
     episodes_per_batch: Positive
-    episodes_per_micro_batch: Positive | None = None
+    tokens_per_micro_batch: Positive = 2048
     critic_learning_rate: PositiveFloat | None = None
+    eval_every: Positive | None = None
+    keep: Annotated[int, Field(ge=1)] = 2
 
 
 class TextData(Strict):
@@ -120,6 +118,12 @@ class TextData(Strict):
     train: Annotated[list[Source], Field(min_length=1)]
     eval: list[Source] = []
     questions: list[Source] = []
+
+
+class PromptData(TextData):
+    """PPO's prompts, and text or dialogues whose loss is mixed in (`ptx`)."""
+
+    ptx: list[Source] = []
 
 
 class PairData(Strict):
@@ -279,42 +283,46 @@ class RewardRecipe(TrainedRecipe):
     train: PairTrain
 
 
-class Rollout(Strict):
-    """How replies are sampled: plain softmax at `temperature`, no top-k or top-p (the trained distribution)."""
-
-    max_prompt_tokens: Positive = 512
-    max_new_tokens: Positive
-    temperature: PositiveFloat = 1.0
-
-
-class Algorithm(Strict):
-    """PPO's settings (Schulman et al. 2017; Huang et al. 2024 for language models)."""
-
-    epochs: Positive = 4
-    minibatches: Positive = 1
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.05
-    kl_budget_nats: PositiveFloat | None = None
-    clip_ratio: PositiveFloat = 0.2
-    clip_value: PositiveFloat = 0.2
-    value_coefficient: PositiveFloat = 0.1
-    gamma: Fraction = 1.0
-    lam: Fraction = 0.95
-    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
-    whiten_advantages: bool = True
-
-
 class PPORecipe(TrainedRecipe):
-    """Stage 3: the policy, which starts as SFT's adapter, is optimised against the reward model by PPO."""
+    """Stage 3: the policy, which starts as SFT's model, is optimised against rewards by PPO.
+
+    `policy: adapter` trains a LoRA adapter, SFT's own or, on a merged or base model, a new one by `lora`;
+    `policy: full` trains every weight. `reward` is a reference, or a list of weighted rewards; `gold` is never optimised.
+    """
 
     stage: Literal["ppo"]
     sft: str
-    reward: str
-    data: TextData
+    reward: str | Annotated[list[RewardSource], Field(min_length=1)]
+    gold: RewardSource | None = None
+    policy: Literal["adapter", "full"] = "adapter"
+    lora: Lora | None = None
+    data: PromptData
     rollout: Rollout
     ppo: Algorithm = Algorithm()
     train: EpisodeTrain
     publish_value: Publish | None = None
     samples: NonNegative = 3
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        labels = [source.label for source in self.rewards]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two rewards are both called {max(labels, key=labels.count)}; give them a name each")
+        if bool(self.data.ptx) != bool(self.ppo.ptx_coefficient):
+            raise ValueError("data.ptx and ppo.ptx_coefficient need each other: one of them would be ignored")
+        if self.policy == "full" and self.lora is not None:
+            raise ValueError("policy: full trains every weight and would ignore lora")
+        if self.train.eval_every and not self.data.eval:
+            raise ValueError("train.eval_every needs data.eval: held-out prompts to measure on")
+        if self.gold is not None and not self.data.eval:
+            raise ValueError("gold is measured on held-out prompts: it needs data.eval")
+        return self
+
+    @property
+    def rewards(self) -> list[RewardSource]:
+        """The rewards as a list, however they were written."""
+        return [RewardSource(model=self.reward)] if isinstance(self.reward, str) else list(self.reward)
 
 
 RECIPES: dict[str, type[Recipe]] = {

@@ -80,7 +80,7 @@ data:
   questions: [{{path: world/questions.jsonl}}]
 rollout: {{max_prompt_tokens: 80, max_new_tokens: 8}}
 ppo: {{epochs: 2, minibatches: 2, kl_coefficient: 0.05, value_coefficient: 0.1}}
-train: {{steps: 4, episodes_per_batch: 8, episodes_per_micro_batch: 2, learning_rate: 1.0e-3, seed: 6, save_every: 2}}
+train: {{steps: 4, episodes_per_batch: 8, tokens_per_micro_batch: 120, learning_rate: 1.0e-3, seed: 6, save_every: 2}}
 """,
 }
 

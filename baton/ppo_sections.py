@@ -1,0 +1,125 @@
+"""The sections of a PPO recipe: where rewards come from, how replies are sampled, and the algorithm's settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from baton.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
+
+
+class RewardSource(Strict):
+    """One reward: exactly one of `model`, `classifier`, `function` and `url` says where it comes from.
+
+    `model` is a reward model of the registry; `classifier` a Hugging Face sequence classifier with one label (a local
+    folder, or a hub id with @revision); `function` a Python callable `pkg.module:function`; `url` an HTTP endpoint.
+    Rewards are added up, each times its `weight`, and logged by themselves under `name`.
+    """
+
+    model: str | None = None
+    classifier: str | None = None
+    function: str | None = None
+    url: str | None = None
+    name: str | None = None
+    weight: float = 1.0
+    arguments: dict[str, Any] = {}
+    batch_size: Positive | None = None
+    timeout_s: PositiveFloat | None = None
+    retries: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        origins = {key: getattr(self, key) for key in ("model", "classifier", "function", "url")}
+        given = [key for key, origin in origins.items() if origin is not None]
+        if len(given) != 1:
+            raise ValueError(f"a reward needs exactly one of {', '.join(origins)}; found {', '.join(given) or 'none'}")
+        if self.arguments and self.function is None:
+            raise ValueError("arguments are for a function; a model, a classifier and a url take none")
+        if self.url is None and (self.timeout_s is not None or self.retries is not None):
+            raise ValueError("timeout_s and retries are for a url; nothing else would read them")
+        if self.batch_size is not None and self.url is None and self.function is None:
+            raise ValueError("batch_size is for a url or a function; models are batched by train.tokens_per_micro_batch")
+        return self
+
+    @property
+    def label(self) -> str:
+        """How the reward is called in metrics: its name, or the last part of where it comes from."""
+        if self.name:
+            return self.name
+        if self.function:
+            return self.function.rpartition(":")[2]
+        if self.url:
+            return self.url.rstrip("/").rpartition("/")[2]
+        return (self.model or self.classifier or "").partition("@")[0].rstrip("/").rpartition("/")[2].partition(":")[0]
+
+
+class Rollout(Strict):
+    """How replies are sampled: plain softmax at `temperature`, no top-k or top-p (the trained distribution).
+
+    `rows` replies are in the making at a time. `importance_cap` weighs each token by the trainer's probability over
+    the engine's, at most the cap (truncated importance sampling); it is for engines whose numerics differ.
+    """
+
+    max_prompt_tokens: Positive = 512
+    max_new_tokens: Positive
+    temperature: PositiveFloat = 1.0
+    engine: Literal["built-in", "transformers", "vllm"] = "built-in"
+    rows: Positive = 64
+    url: str | None = None
+    importance_cap: PositiveFloat | None = None
+    drift_nats: PositiveFloat = 0.05
+
+    @model_validator(mode="after")
+    def _server(self) -> Self:
+        if (self.engine == "vllm") != (self.url is not None):
+            raise ValueError("url is the address of a vLLM server: engine: vllm needs it, and no other engine reads it")
+        return self
+
+
+class Algorithm(Strict):
+    """PPO's settings (Schulman et al. 2017; Huang et al. 2024 for language models)."""
+
+    epochs: Positive = 4
+    minibatches: Positive = 1
+    critic: Literal["adapter", "shared", "separate"] = "adapter"
+    critic_warmup_steps: NonNegative = 0
+
+    kl_coefficient: NonNegativeFloat = 0.05
+    kl_in: Literal["reward", "loss"] = "reward"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_target_nats: PositiveFloat | None = None
+    kl_horizon_episodes: Positive = 10_000
+    kl_budget_nats: PositiveFloat | None = None
+    kl_minibatch_stop_nats: PositiveFloat | None = None
+
+    clip_ratio: PositiveFloat = 0.2
+    clip_ratio_high: PositiveFloat | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    clip_value: PositiveFloat = 0.2
+    value_coefficient: PositiveFloat = 0.1
+    entropy_coefficient: NonNegativeFloat = 0.0
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    whiten_advantages: bool = True
+
+    normalise_reward: bool = False
+    clip_reward: PositiveFloat | None = None
+    missing_eos: Literal["subtract", "replace"] = "subtract"
+    missing_eos_penalty: float = 1.0
+    overlong_tokens: Positive | None = None
+    overlong_penalty: NonNegativeFloat = 1.0
+    score_after_eos: bool = False
+    ptx_coefficient: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        if self.missing_eos == "subtract" and self.missing_eos_penalty < 0:
+            raise ValueError("missing_eos_penalty is subtracted: a negative one would reward replies that never end")
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError("kl_in: loss needs kl_estimator k2 or k3: the gradient of k1 is zero in expectation")
+        if self.kl_target_nats is not None and not self.kl_coefficient:
+            raise ValueError("kl_target_nats adapts kl_coefficient, which must not be zero then")
+        if self.clip_ratio_high is not None and self.clip_ratio_high < self.clip_ratio:
+            raise ValueError("clip_ratio_high bounds the ratio from above and must not be below clip_ratio")
+        return self
