@@ -12,6 +12,8 @@ from typing import Any
 
 from baton.data import fingerprint
 from baton.errors import UserError
+from baton.functions import source_file
+from baton.ppo_sections import RewardSource
 from baton.recipe import (
     PairData,
     PPORecipe,
@@ -51,6 +53,8 @@ class Inputs:
     sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     model: ModelSource | None = None
     template: str | None = None  # sha256 of a chat template that is a file
+    functions: dict[str, str] = field(default_factory=dict)  # "pkg.module:function" -> sha256 of its module's file
+    classifiers: dict[str, ModelSource] = field(default_factory=dict)  # a reward's `classifier` -> where it lies
 
     def identity(self) -> dict[str, Any]:
         """Digests only."""
@@ -59,6 +63,8 @@ class Inputs:
             "sources": self.sources,
             "model": self.model.describe() if self.model else None,
             "template": self.template,
+            "functions": self.functions,
+            "classifiers": {setting: source.describe() for setting, source in sorted(self.classifiers.items())},
         }
 
 
@@ -70,6 +76,8 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     versions: dict[str, Version] = {}
     model: ModelSource | None = None
     data: TextData | PairData | None = None
+    functions: dict[str, str] = {}
+    classifiers: dict[str, ModelSource] = {}
     if isinstance(recipe, PretrainRecipe):
         data = recipe.data
         if recipe.base:
@@ -92,42 +100,119 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
         _expect_kind(versions["sft"], ("adapter",), "the reward model goes on from SFT's adapter", "stages.sft")
     elif isinstance(recipe, PPORecipe):
         data = recipe.data
-        versions = {"sft": registry.resolve(recipe.sft), "reward": registry.resolve(recipe.reward)}
-        _expect_kind(versions["sft"], ("adapter",), "PPO's policy starts from SFT's adapter", "stages.sft")
-        _expect_kind(versions["reward"], ("reward",), "PPO needs a reward model", "reward.train")
-        _check_fit(versions["sft"], versions["reward"])
+        versions = _ppo_versions(recipe, registry)
+        for source in _reward_sources(recipe):
+            if source.function:
+                functions[source.function] = _file_digest(source_file(source.function))
+            if source.classifier:
+                classifiers[source.classifier] = classifier_source(source.classifier, recipe.folder)
     sources = {}
     if data is not None:
-        for use in ("train", "eval", "questions"):
+        for use in ("train", "eval", "questions", "ptx"):
             sources[use] = [fingerprint(source, recipe.folder) for source in getattr(data, use, [])]
     template = recipe.folder / recipe.chat_template if isinstance(recipe, SFTRecipe) else None
-    return Inputs(versions, sources, model, _file_digest(template) if template and template.is_file() else None)
+    template_digest = _file_digest(template) if template and template.is_file() else None
+    return Inputs(versions, sources, model, template_digest, functions, classifiers)
 
 
-def model_source(base: str, folder: Path) -> ModelSource | None:
-    """Where `base` points outside the registry; None for a registry reference. Never guesses between the two."""
+def _ppo_versions(recipe: PPORecipe, registry: Registry) -> dict[str, Version]:
+    """PPO's registry versions by role, each of a kind that the role can be."""
+    sft = registry.resolve(recipe.sft)
+    _expect_kind(sft, ("adapter", "merged", "base"), "PPO's policy starts from SFT's model", "stages.sft")
+    versions = {"sft": sft}
+    for source in _reward_sources(recipe):
+        if source.model:
+            version = versions[reward_role(recipe, source)] = registry.resolve(source.model)
+            _expect_kind(version, ("reward",), "PPO needs a reward model", "reward.train")
+    if sft.manifest["probe"]["output"] != "logits":
+        raise UserError(f"{sft.ref} is a classifier and writes no text; PPO's policy starts from SFT's model")
+    if sft.manifest["chat_template_digest"] is None:
+        raise UserError(
+            f"{sft.ref} has no chat template: it has not learned to answer, and PPO's prompts are dialogues. Make an "
+            "SFT version of it: accelerate launch -m stages.sft RECIPE"
+        )
+    if sft.kind == "adapter" and recipe.lora is not None:
+        raise UserError(
+            f"{recipe.path}: lora: {sft.ref} is an adapter, which PPO goes on training; settings of a new one would be "
+            f"ignored. Leave lora out, or merge the adapter first: baton get {sft.ref} DIR --merge, then baton publish "
+            "DIR --name TEAM/NAME --kind merged"
+        )
+    if sft.kind != "adapter" and recipe.policy == "adapter" and recipe.lora is None:
+        article = "an" if sft.kind[0] in "aeiou" else "a"
+        raise UserError(
+            f"{recipe.path}: {sft.ref} is {article} {sft.kind} version, so PPO trains a new adapter on it and needs "
+            "its settings, for example lora: {r: 16, alpha: 32}. To train every weight instead, set policy: full"
+        )
+    return versions
+
+
+def _reward_sources(recipe: PPORecipe) -> list[RewardSource]:
+    return [*recipe.rewards, *([recipe.gold] if recipe.gold else [])]
+
+
+def check_source(source: RewardSource, folder: Path) -> None:
+    """Whether a reward's function and classifier are there, without running or loading them. Raises UserError."""
+    if source.function:
+        source_file(source.function)
+    if source.classifier:
+        classifier_source(source.classifier, folder)
+
+
+def reward_role(recipe: PPORecipe, source: RewardSource) -> str:
+    """Under which role `Inputs.versions`, and the parents of what is published, hold a `model:` reward's version."""
+    if source is recipe.gold:
+        return "gold"
+    num_models = sum(reward.model is not None for reward in recipe.rewards)
+    return "reward" if num_models == 1 else f"reward-{source.label}"
+
+
+def shares_base(sft: Version, reward: Version) -> bool:
+    """Whether a reward or value adapter reads the very ids that the policy writes, on the policy's own base.
+
+    Only then can it sit on the policy's weights and score rollouts as they are; else it is loaded by itself, and reads
+    the text rendered by its own template.
+    """
+    base = sft.base if sft.kind == "adapter" else sft.digest
+    same_ids = all(sft.manifest[key] == reward.manifest[key] for key in ("tokenizer_digest", "chat_template_digest"))
+    return reward.base is not None and reward.base == base and same_ids
+
+
+def classifier_source(setting: str, folder: Path) -> ModelSource:
+    """Where a reward's `classifier:` lies: a local folder (relative to `folder`), or a hub id with its revision."""
+    source = model_source(setting, folder, key="classifier")
+    if source is None:
+        raise UserError(f"classifier: {setting} is a registry reference; write it as model: {setting}")
+    if source.kind == "gguf":
+        raise UserError(f"classifier: {setting} is a GGUF file; expected a Hugging Face folder or a hub id@revision")
+    return source
+
+
+def model_source(base: str, folder: Path, key: str = "base") -> ModelSource | None:
+    """Where `base` points outside the registry; None for a registry reference. Never guesses between the two.
+
+    `key` is the recipe's, for messages.
+    """
     local = Path(base).expanduser()
     if not local.is_absolute() and not local.exists():
         local = folder / local
     if base.endswith(".gguf"):
         if not local.is_file():
-            raise UserError(f"base: there is no file {base}")
+            raise UserError(f"{key}: there is no file {base}")
         return ModelSource("gguf", str(local))
     if local.is_dir():
         if not (local / "config.json").is_file():
-            raise UserError(f"base: the folder {base} holds no config.json; expected a Hugging Face model folder")
+            raise UserError(f"{key}: the folder {base} holds no config.json; expected a Hugging Face model folder")
         return ModelSource("folder", str(local))
     if base.startswith((".", "/", "~")):
-        raise UserError(f"base: there is no folder {base}")
+        raise UserError(f"{key}: there is no folder {base}")
     if re.search(r"@sha256:|:", base):
         return None
     name, at, revision = base.partition("@")
     if at and revision and name.count("/") == 1:
         return ModelSource("hub", name, revision)
     raise UserError(
-        f"base: {base} is neither a folder nor complete: write {base}:ALIAS or {base}:NUMBER for a registry "
-        "version, or "
-        f"{base}@REVISION for a hub id"
+        f"{key}: {base} is neither a folder nor complete: write {base}:ALIAS or {base}:NUMBER for a registry "
+        f"version, or {base}@REVISION for a hub id"
     )
 
 
@@ -184,27 +269,6 @@ def _expect_kind(version: Version, kinds: tuple[str, ...], need: str, program: s
         raise UserError(
             f"{version.ref} is {article} {kind} version; {need}. Make one: accelerate launch -m {program} RECIPE"
         )
-
-
-def _check_fit(sft: Version, reward: Version) -> None:
-    """The reward model must read the very ids that the policy writes, on the same base."""
-    for what, key in (
-        ("tokenizer", "tokenizer_digest"),
-        ("chat template", "chat_template_digest"),
-        ("base", "base"),
-    ):
-        ours, theirs = sft.manifest[key], reward.manifest[key]
-        if ours != theirs:
-            raise UserError(
-                f"{reward.ref} has another {what} than {sft.ref} ({_short(theirs)} against {_short(ours)}): its "
-                "rewards "
-                "would be for other text. Train the reward model from this SFT version: accelerate launch -m "
-                "reward.train RECIPE"
-            )
-
-
-def _short(digest: str | None) -> str:
-    return (digest or "none").removeprefix("sha256:")[:12]
 
 
 def _file_digest(path: Path) -> str:

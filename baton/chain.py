@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from baton.child import run_child
+from baton.child import FORWARDED, run_child
 from baton.errors import UserError, nearest
 from baton.launch import PROGRAMS, processes_of, stage_command, stage_environment
-from baton.recipe import RECIPES, Recipe, TrainedRecipe, WorldRecipe, load_recipe
+from baton.preemption import EXIT_CODE
+from baton.recipe import RECIPES, PPORecipe, Recipe, TrainedRecipe, WorldRecipe, load_recipe
 
 FINISHED = ("done", "up to date")
 
@@ -174,7 +175,7 @@ def _check_files(links: list[Link]) -> None:
         return
     for link in links:
         data = getattr(link.recipe, "data", None)
-        for use in ("train", "eval", "questions"):
+        for use in ("train", "eval", "questions", "ptx"):
             for source in getattr(data, use, []):
                 try:
                     locate(source.path, link.recipe.folder)
@@ -183,7 +184,8 @@ def _check_files(links: list[Link]) -> None:
 
 
 def _check_references(links: list[Link]) -> None:
-    """A reference must be there now, or be what an earlier stage of this run publishes."""
+    """A reference must be there now, or be what an earlier stage of this run publishes; so must rewards' code."""
+    from baton.build import check_source
     from baton.registry import Registry
     from baton.registry.reference import parse
 
@@ -195,8 +197,17 @@ def _check_references(links: list[Link]) -> None:
         made = [publish for publish in (recipe.publish, getattr(recipe, "publish_value", None)) if publish]
         for publish in made:
             parse(f"{publish.name}:{publish.alias}")
-        for key in ("base", "sft", "reward"):
-            reference = getattr(recipe, key, None)
+        references = [(key, getattr(recipe, key, None)) for key in ("base", "sft")]
+        if isinstance(recipe, PPORecipe):
+            sources = [("reward", source) for source in recipe.rewards]
+            sources += [("gold", recipe.gold)] if recipe.gold else []
+            references += [(key, source.model) for key, source in sources]
+            for key, source in sources:
+                try:
+                    check_source(source, recipe.folder)
+                except UserError as error:
+                    raise UserError(f"{link.path}: {key}: {error}") from None
+        for key, reference in references:
             if reference is None or reference in coming or (key == "base" and not _in_registry(reference, recipe)):
                 continue
             try:
@@ -235,9 +246,11 @@ def run_stage(link: Link, config_file: Path | None, console: Console) -> int:
         for plot in plot_run(link.stage, run_dir):
             console.print(f"{'':8}  [dim]plot        {plot}[/dim]")
         return 0
-    if state == "refused" or code == 2:
+    if state == "preempted":  # whatever the launcher made of the exit code
+        code, word = EXIT_CODE, "preempted"
+    elif state == "refused" or code == 2:
         code, word, message = 2, "refused", message or "its input; the program's own message is above"
-    elif code in (130, 143, 129):
+    elif code in [128 + number for number in FORWARDED]:
         word, message = "stopped", "the same command goes on from the last complete checkpoint"
     else:
         word = "failed"

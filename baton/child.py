@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 CURSOR_UP = re.compile(rb"\x1b\[(\d*)A")
 DRAIN_S = 1.0  # how long the output of a dead child's own children is waited for
@@ -27,8 +27,9 @@ def run_child(command: list[str], environment: dict[str, str], log_path: Path) -
     """Run `command` to its end; returns its exit code, or 128 + N where signal N ended it (the shell's convention).
 
     Where our own output is a terminal, the child gets one too, so that it draws its progress bars; the log then holds
-    what was left standing on the screen. SIGINT, SIGTERM and SIGHUP are passed to the child's process group, which is
-    waited for; a second signal kills the group. The exit code is then 128 + the first signal's number.
+    what was left standing on the screen. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed to the child's process group,
+    which is waited for; a second SIGINT (Ctrl-C pressed twice) kills it with all its descendants. The exit code is then
+    128 + the first signal's number.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     ours, theirs = _terminal() if sys.stdout.isatty() else os.pipe()
@@ -130,8 +131,11 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if received.count(signal.SIGINT) > 1:
+            _kill_tree(process.pid)
+            return
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, number if len(received) == 1 else signal.SIGKILL)
+            os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -139,3 +143,14 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all below it: torch's launcher starts each worker in a process group of its own."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()

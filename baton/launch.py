@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 
 from baton.errors import UserError
+from baton.preemption import GRACE_S
 
 PROGRAMS = {
     "world": "baton.make_world",
@@ -27,6 +31,12 @@ WITHOUT_ACCELERATE = {"world"}
 # glibc gives freed tensors back to the kernel and asks for them again at the next step: keeping them saved 10-15% of
 # a training step on CPUs
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+
+# torch's launcher would die of SIGUSR1 and leave its processes behind, and would kill them 30 s after any other signal
+ELASTIC = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),
+}
 
 
 def stage_command(
@@ -54,9 +64,13 @@ def stage_command(
 
 
 def stage_environment(stage: str, processes: int = 1) -> dict[str, str]:
-    """Our environment and, without a GPU, the allocator's settings and Accelerate's switch for several processes."""
+    """Our environment and how the launcher treats signals; without a GPU also the allocator's settings and Accelerate's
+    switch for several processes.
+    """
     environment = dict(os.environ)
     environment["PYTHONUNBUFFERED"] = "1"
+    for name, setting in ELASTIC.items():
+        environment.setdefault(name, setting)
     if has_cuda():
         return environment
     for name, setting in ALLOCATOR.items():
@@ -120,14 +134,15 @@ def cpu_threads(processes: int) -> int:
 def main() -> None:
     """Run `accelerate launch`; a failed program's exit code is ours, and what it printed is all that is printed.
 
-    A signal to the process group is the programs' to answer: we wait for them, so that they can end in good order.
+    Signals are the programs' to answer: they are passed on and we wait, so that the programs can end in good order.
     """
     import logging
-    import signal
     import subprocess
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: None)  # not SIG_IGN, which the programs would inherit
+    for name, setting in ELASTIC.items():
+        os.environ.setdefault(name, setting)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, _pass_on)  # torch's launcher, for several processes, puts its own in their place
     from accelerate.commands.launch import main as accelerate_launch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -141,6 +156,20 @@ def main() -> None:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         _leave_with(error.get_first_failure()[1].exitcode)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Give a signal to the program that `accelerate launch` waits for; before there is one, end."""
+    import psutil
+
+    programs = psutil.Process().children()
+    if not programs:
+        sys.exit(128 + number)
+    if number == signal.SIGINT:  # Ctrl-C reaches the whole process group; passed on, it would count as pressed twice
+        return
+    for program in programs:
+        with suppress(psutil.NoSuchProcess):
+            program.send_signal(number)
 
 
 def _leave_with(code: int) -> None:

@@ -71,7 +71,10 @@ def load_policy(registry: Registry, version: Version, dtype: str = "auto") -> tu
 
 
 def load_scorer(registry: Registry, version: Version, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
-    """(sequence classifier with one label, tokenizer) of a reward or value version, in evaluation mode."""
+    """(sequence classifier with one label, tokenizer) of a reward or value version, in evaluation mode.
+
+    An adapter is put on its base; a whole classifier is loaded as it is.
+    """
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -80,11 +83,14 @@ def load_scorer(registry: Registry, version: Version, dtype: str = "auto") -> tu
         raise UserError(f"{version.ref} is a {kind} model; scoring needs a reward model")
     folder = registry.materialise(version)
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
         base_folder(registry, version), num_labels=1, dtype=compute_dtype(dtype)
     )
+    # a base's configuration knows nothing of padding; a whole classifier's was checked when it was published
     model.config.pad_token_id = tokenizer.pad_token_id
-    return PeftModel.from_pretrained(model, folder).eval(), tokenizer
+    if version.base is not None:
+        model = PeftModel.from_pretrained(model, folder)
+    return model.eval(), tokenizer
 
 
 def base_folder(registry: Registry, version: Version) -> Path:

@@ -40,6 +40,7 @@ class Source(Strict):
     weight: PositiveFloat = 1.0
     rows: tuple[NonNegative | None, NonNegative | None] | None = None
     licence: str | None = None
+    subset: str | None = None
     split: str = "train"
     revision: str | None = None
 

@@ -37,12 +37,16 @@ class Measure:
     form: Callable[[float], str] = _figure
     baseline: str | None = None  # its key; without one, the metric's own key + "_before"
     baseline_label: str = "before"
+    interval: bool = False  # what it is shown against is its own 95% interval: its key + "_low" and "_high"
 
     def line(self, metrics: Metrics) -> tuple[str, str, str] | None:
         """(label, value, comparison), or None where the version has no such metric."""
         value, other = metrics.get(self.key), metrics.get(self.baseline or f"{self.key}_before")
         if not _is_number(value):
             return None
+        low, high = metrics.get(f"{self.key}_low"), metrics.get(f"{self.key}_high")
+        if self.interval and _is_number(low) and _is_number(high):
+            return self.label, self.form(value), f"{self.form(low)}–{self.form(high)}"
         return self.label, self.form(value), f"{self.form(other)} {self.baseline_label}" if _is_number(other) else ""
 
 
@@ -56,6 +60,8 @@ MEASURES: dict[str, list[Measure]] = {
     ],
     "ppo": [
         Measure("reward", "eval/reward"),
+        Measure("gold reward", "eval/gold"),
+        Measure("win rate over SFT", "eval/win_rate", _share, baseline="none: half, by definition", interval=True),
         Measure("KL from SFT, nats", "eval/kl_nats", _short, baseline="none: it is zero by definition"),
         Measure("tokens a reply", "eval/length", _short),
         Measure("replies that end", "eval/eos_rate", _share),
@@ -71,6 +77,8 @@ ANSWERS = [
 NOTES = {
     "n-gram": "n-gram: an interpolated n-gram model on the same tokens",
     "longer": "longer: preferring whichever reply is longer",
+    "gold": "gold reward: by a reward that was never optimised",
+    "win rate": "win rate: by the optimised reward; ties count half; against: its 95% interval",
     "text-only": "text-only answers: about people whom no dialogue named",
     "inventions": "inventions: replies about unknown people that do not admit it",
 }

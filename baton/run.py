@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from baton.build import Inputs, build_key, published, resolve_inputs
 from baton.errors import UserError
+from baton.preemption import EXIT_CODE, Preempted, ignore_signals
 from baton.recipe import TrainedRecipe, load_recipe
 from baton.registry import Registry, Version
 from baton.registry.reference import check_alias, check_name
@@ -179,8 +180,9 @@ class Run(Generic[T]):
 def program(main: Callable[[T], Version], kind: type[T]) -> None:
     """Run `main` as a program for `accelerate launch`: RECIPE [key=value …] from the command line.
 
-    Exit code 2 and one message for a user's mistake, 1 with a traceback for anything else. The process ends by
-    os._exit after a barrier: gloo's threads abort some interpreters that leave the ordinary way.
+    Exit code 2 and one message for a user's mistake, 75 when it was preempted and saved, 1 with a traceback for
+    anything else; launchers make 1 of all of them, status.json tells. The process ends by os._exit after a barrier:
+    gloo's threads abort some interpreters that leave the ordinary way.
     """
     arguments = sys.argv[1:]
     module = getattr(sys.modules["__main__"].__spec__, "name", "stages.…")
@@ -193,6 +195,13 @@ def program(main: Callable[[T], Version], kind: type[T]) -> None:
         recipe = load_recipe(arguments[0], arguments[1:], kind)
         main(recipe)
         code = 0
+    except Preempted as error:
+        ignore_signals()
+        code = EXIT_CODE
+        if _rank() == 0:
+            print(error, flush=True)
+        if recipe is not None:
+            _last_words(recipe, "preempted", str(error), EXIT_CODE)
     except UserError as error:
         code = 2
         if _rank() == 0:
@@ -387,7 +396,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _leave(code: int) -> None:
-    if code == 0 and "torch" in sys.modules:
+    # preempted ranks leave together: a launcher ends the others by a signal when the first one is gone
+    if code in (0, EXIT_CODE) and "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():

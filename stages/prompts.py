@@ -1,10 +1,11 @@
-"""The prompts of a PPO run as token ids, how a batch of them is split, and how a role replies to them."""
+"""The data of a PPO run as token ids: prompts with their rows' columns, questions, and text that is mixed in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from baton.chat import Messages
 from baton.data import load, mix, report
 from baton.errors import UserError
 from baton.questions import Question
@@ -14,23 +15,32 @@ from baton.run import Run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from stages.roles import Roles
-    from stages.rollout import Episode
-
 EVAL_PROMPTS = 128
+TextRow = tuple[list[int], list[bool]]
+"""Token ids, and which of them are in the loss."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt: as messages, as the ids that open the assistant's turn, and its row's further columns."""
+
+    messages: Messages
+    ids: list[int]
+    columns: dict[str, Any]
 
 
 @dataclass
 class Prompts:
-    """Token ids of the prompts by use, and the questions asked before and after."""
+    """The data by use."""
 
-    train: list[list[int]]
-    eval: list[list[int]]
+    train: list[PromptRow]
+    eval: list[PromptRow]
     questions: list[Question] = field(default_factory=list)
+    ptx: list[TextRow] = field(default_factory=list)
 
 
-def micro_batch_size(run: Run[PPORecipe]) -> int:
-    """Episodes a micro-batch; raises UserError when the batch does not split evenly."""
+def check_batch(run: Run[PPORecipe]) -> None:
+    """Raises UserError when the batch does not split evenly into minibatches and over processes."""
     train, settings, world = run.recipe.train, run.recipe.ppo, run.state.num_processes
     share, left = divmod(train.episodes_per_batch, settings.minibatches * world)
     if left or not share:
@@ -38,75 +48,67 @@ def micro_batch_size(run: Run[PPORecipe]) -> int:
             f"train.episodes_per_batch = {train.episodes_per_batch} cannot be split evenly into ppo.minibatches = "
             f"{settings.minibatches} on {world} processes"
         )
-    most = min(train.episodes_per_micro_batch or share, share)
-    return max(size for size in range(1, most + 1) if share % size == 0)
 
 
-def read_prompts(run: Run[PPORecipe]) -> dict[str, list[dict[str, Any]]]:
-    """{"train", "eval"} -> prompt rows; prints what was kept and dropped."""
+def read_prompts(run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase, questions: list[Question]) -> Prompts:
+    """Read and encode everything; prints what was kept and dropped. Raises UserError when nothing is left."""
     data = run.recipe.data
+    train, held_out = _rows(run, data.train, "train", "prompt"), _rows(run, data.eval, "eval", "prompt")
+    return Prompts(
+        train=_encode(run, tokenizer, train, "train"),
+        eval=_encode(run, tokenizer, held_out, "eval")[:EVAL_PROMPTS],
+        questions=questions,
+        ptx=_ptx(run, tokenizer),
+    )
 
-    def read(sources: list[Source], use: str) -> list[dict[str, Any]]:
-        loaded = [load(source, run.recipe.folder, "prompt") for source in sources]
-        if loaded:
-            run.say(f"{use}: {report(loaded)}")
-        return mix(loaded, run.recipe.train.seed)
 
-    return {"train": read(data.train, "train"), "eval": read(data.eval, "eval")}
+def _rows(run: Run[PPORecipe], sources: list[Source], use: str, kind: str) -> list[dict[str, Any]]:
+    loaded = [load(source, run.recipe.folder, kind) for source in sources]
+    if loaded:
+        run.say(f"{use}: {report(loaded)}")
+    return mix(loaded, run.recipe.train.seed)
 
 
-def encode_prompts(
-    run: Run[PPORecipe],
-    tokenizer: PreTrainedTokenizerBase,
-    rows: dict[str, list[dict[str, Any]]],
-    questions: list[Question],
-) -> Prompts:
+def _encode(
+    run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], use: str
+) -> list[PromptRow]:
     """Rendered prompts that open the assistant's turn; those over `max_prompt_tokens` are dropped and counted."""
     from baton.chat import encode_prompt, has_control_text
 
     limit = run.recipe.rollout.max_prompt_tokens
-    kept: dict[str, list[list[int]]] = {}
-    for use in ("train", "eval"):
-        plain = [row["prompt"] for row in rows[use] if not has_control_text(tokenizer, row["prompt"])]
-        if len(plain) < len(rows[use]):
-            run.say(f"{use}: {len(rows[use]) - len(plain):,} prompts that spell out a special token dropped")
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in plain]
-        kept[use] = [ids for ids in encoded if len(ids) <= limit]
-        if encoded and not kept[use]:
-            raise UserError(
-                f"data.{use}: none of {len(encoded):,} prompts is left: all are longer than "
-                "rollout.max_prompt_tokens = "
-                f"{limit}; raise it"
-            )
-        if len(kept[use]) < len(encoded):
-            run.say(f"{use}: {len(encoded) - len(kept[use]):,} prompts longer than {limit} tokens dropped")
-    return Prompts(kept["train"], kept["eval"][:EVAL_PROMPTS], questions)
-
-
-def sample(
-    recipe: PPORecipe,
-    roles: Roles,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    indices: list[int],
-    role: str,
-) -> list[Episode]:
-    """One sampled reply a prompt; `indices` choose the noise."""
-    import numpy as np
-
-    from baton.chat import stop_ids
-    from stages.rollout import Episode, sample_replies, sampling_noise
-
-    rollout = recipe.rollout
-    noise = np.stack([sampling_noise(recipe.train.seed, index, rollout.max_new_tokens) for index in indices])
-    with roles.acting_as(role) as model:
-        replies = sample_replies(
-            model,
-            prompts,
-            noise,
-            temperature=rollout.temperature,
-            max_new_tokens=rollout.max_new_tokens,
-            stop_ids=stop_ids(tokenizer),
-            pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+    plain = [row for row in rows if not has_control_text(tokenizer, row["prompt"])]
+    if len(plain) < len(rows):
+        run.say(f"{use}: {len(rows) - len(plain):,} prompts that spell out a special token dropped")
+    encoded = [PromptRow(row["prompt"], encode_prompt(tokenizer, row["prompt"]), row["columns"]) for row in plain]
+    kept = [row for row in encoded if len(row.ids) <= limit]
+    if encoded and not kept:
+        raise UserError(
+            f"data.{use}: none of {len(encoded):,} prompts is left: all are longer than rollout.max_prompt_tokens = "
+            f"{limit}; raise it"
         )
-    return [Episode(index, prompt, reply) for index, prompt, reply in zip(indices, prompts, replies, strict=True)]
+    if len(kept) < len(encoded):
+        run.say(f"{use}: {len(encoded) - len(kept):,} prompts longer than {limit} tokens dropped")
+    return kept
+
+
+def _ptx(run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase) -> list[TextRow]:
+    """Documents, whole in the loss, and dialogues, the assistant's turns in the loss, in pieces of an episode's length."""
+    from baton.chat import encode_dialogue, has_control_text
+
+    recipe = run.recipe
+    limit = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+    rows: list[TextRow] = []
+    for source in recipe.data.ptx:
+        is_text = source.format in ("text", "lines") or source.path.endswith((".txt", ".txt.gz", ".txt.zst"))
+        for row in _rows(run, [source], "ptx", "text" if is_text else "dialogue"):
+            if is_text:
+                ids = list(tokenizer(row["text"], add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+                pieces = [ids[at : at + limit] for at in range(0, len(ids), limit)]
+                rows += [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
+            elif not has_control_text(tokenizer, row["messages"]):
+                ids, in_loss = encode_dialogue(tokenizer, row["messages"])
+                if any(in_loss[1:limit]):
+                    rows.append((ids[:limit], in_loss[:limit]))
+    if recipe.data.ptx and not rows:
+        raise UserError("data.ptx: no row is left that has a token to train on")
+    return rows

@@ -1,170 +1,328 @@
-"""Four roles on one copy of the base weights: policy, reference, reward and value, each an adapter; two with a head."""
+"""The roles of PPO on one copy of the base weights: policy, reference, rewards and critic, by adapters and heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, set_adapter_tensors, split_head
-from stages.rollout import MicroBatch
+from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
+from baton.recipe import Lora
+from stages.adapters import attach, attach_new, save_adapter
+from stages.logprobs import TokenLogprobs, token_logprobs
+from stages.lora import Acting, Addition, SharedLinear
+from stages.micro_batch import MicroBatch
 
-POLICY, REFERENCE, REWARD, VALUE = "policy", "reference", "reward", "value"
+POLICY, REFERENCE, VALUE = "policy", "reference", "value"
+EAGER_BELOW = 512
+"""On a CPU, attention by plain products beats the fused kernel's backward pass up to about this many tokens."""
+
+Critic = Literal["adapter", "shared", "separate"]
 
 
 class Forward(NamedTuple):
-    """What one training forward gives, (B, T) each."""
+    """What one training forward gives."""
 
-    logprobs: torch.Tensor  # of the response tokens under the policy, at the sampling temperature
-    values: torch.Tensor  # V(s_t), from the state before each response token
+    logprobs: torch.Tensor  # (B, T) of the response tokens under the policy, at the sampling temperature
+    entropies: torch.Tensor  # (B, T) in nats
+    values: torch.Tensor  # (B, S), V of each state
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays which role, by folders: what PPO's inputs say, settled before any weight is loaded."""
+
+    base: Path  # complete model: the base under SFT's adapter, or SFT's merged model
+    sft: Path | None  # SFT's adapter; None where `base` is SFT's model itself
+    rewards: dict[str, Path] = field(default_factory=dict)  # label -> reward adapter on this base
+    lora: Lora | None = None  # of a new policy adapter, where SFT has none
+    policy: Literal["adapter", "full"] = "adapter"
+    critic: Critic = "adapter"
+    critic_start: Path | None = None  # the reward adapter that the critic starts from
 
 
 class Roles(nn.Module):
-    """One base, four LoRA adapters, a reward head and a value head.
+    """One base, an adapter for each role, and heads.
 
-    The policy starts as SFT's adapter and the value as the reward's, head included; reference and reward are frozen.
-    Dropout is off in all of them: old and new log-probabilities must come from the same function.
+    The policy starts as SFT's adapter and the critic as the reward's, head included; reference and rewards are frozen.
+    `policy: full` trains a copy of its own, and the shared base stays for the others; `critic: shared` is a head on the
+    policy's own forward pass, `critic: separate` a model of its own. Dropout is off in all of them: old and new
+    log-probabilities must come from the same function.
     """
 
-    def __init__(self, base: Path, sft: Path, reward: Path, dtype: torch.dtype, temperature: float) -> None:
+    def __init__(self, cast: Cast, dtype: torch.dtype, temperature: float, seed: int = 0) -> None:
         super().__init__()
-        from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
         from transformers import AutoModelForCausalLM
 
-        sft_config, sft_tensors = read_adapter(sft)
-        reward_config, reward_tensors = read_adapter(reward)
-        reward_adapter, head = split_head(reward_tensors)
-        assert head is not None, "a published reward model has its head"
-        configs = {
-            role: lora_config_from(config, task_type="CAUSAL_LM", modules_to_save=None)
-            for role, config in (
-                (POLICY, sft_config),
-                (REFERENCE, sft_config),
-                (REWARD, reward_config),
-                (VALUE, reward_config),
-            )
-        }
-        causal = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        self.peft = PeftModel(causal, configs[POLICY], adapter_name=POLICY)
-        for role in (REFERENCE, REWARD, VALUE):
-            self.peft.add_adapter(role, configs[role])
-        for role, tensors in (
-            (POLICY, sft_tensors),
-            (REFERENCE, sft_tensors),
-            (REWARD, reward_adapter),
-            (VALUE, reward_adapter),
-        ):
-            set_adapter_tensors(self.peft, tensors, role)
-        self.reward_head = nn.Linear(head.shape[1], 1, bias=False)
-        self.value_head = nn.Linear(head.shape[1], 1, bias=False)
-        self.reward_head.weight.data = head.float()
-        self.value_head.weight.data = head.float().clone()
-        self.compute_dtype, self.temperature = dtype, temperature
-        self._layers = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
+        self.cast, self.compute_dtype, self.temperature = cast, dtype, temperature
+        self.shared = AutoModelForCausalLM.from_pretrained(cast.base, dtype=dtype).requires_grad_(False)
+        self._acting = Acting()
+        self._configs: dict[str, dict[str, Any]] = {}
+        self._seed = seed
+        hidden = int(self.shared.config.get_text_config().hidden_size)
+
+        if cast.sft is not None:
+            self._attach(REFERENCE, cast.sft)
+        if cast.policy == "full":
+            self.policy_model: Any = self._own_copy(AutoModelForCausalLM, cast.sft)
+        elif cast.sft is not None:
+            self._attach(POLICY, cast.sft)
+        else:
+            assert cast.lora is not None, "a policy adapter on a merged model needs its settings"
+            self._configs[POLICY] = attach_new(self.shared, POLICY, cast.lora, self._acting, seed)
+
+        self.reward_heads = nn.ModuleDict()
+        self._reward_roles = {label: f"reward_{at}" for at, label in enumerate(cast.rewards)}
+        for label, role in self._reward_roles.items():
+            head = self._attach(role, cast.rewards[label])
+            assert head is not None, "a published reward model has its head"
+            self.reward_heads[role] = _head(head, hidden)
+        self._make_critic(hidden)
+
         for name, parameter in self.named_parameters():
-            trained = f".{POLICY}." in name or f".{VALUE}." in name or name.startswith("value_head.")
+            trained = f".{POLICY}." in name or f".{VALUE}." in name or name.startswith(("policy_", "value_"))
             parameter.requires_grad_(trained)
             if trained:
                 parameter.data = parameter.data.float()  # a bfloat16 parameter would swallow small updates
         self.eval()
 
-    @property
-    def causal(self) -> Any:
-        """The base model, with the adapters inside."""
-        return self.peft.get_base_model()
+    def _attach(self, role: str, folder: Path) -> torch.Tensor | None:
+        """Give `role` the adapter of a PEFT folder; returns its score head, if it has one."""
+        config, tensors = read_adapter(folder)
+        adapter, head = split_head(tensors)
+        attach(self.shared, role, config, adapter, self._acting)
+        self._configs[role] = config
+        return head
+
+    def _own_copy(self, kind: Any, adapter: Path | None, **options: int) -> Any:
+        """A trainable copy of the base, in float32, with `adapter` merged into it."""
+        from peft import PeftModel
+
+        model = kind.from_pretrained(self.cast.base, dtype=torch.float32, **options)
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
+
+    def _make_critic(self, hidden: int) -> None:
+        cast = self.cast
+        start = split_head(read_adapter(cast.critic_start)[1])[1] if cast.critic_start else None
+        if cast.critic == "separate":
+            from transformers import AutoModelForSequenceClassification
+
+            self.value_model: Any = self._own_copy(
+                AutoModelForSequenceClassification, cast.critic_start, num_labels=1
+            )
+            if start is None:
+                self.value_model.score.weight.data.zero_()
+            self.value_head = self.value_model.score
+            return
+        if cast.critic == "adapter":
+            if cast.critic_start is not None:
+                self._attach(VALUE, cast.critic_start)
+            else:
+                lora = cast.lora or _lora_of(self._configs[REFERENCE])
+                self._configs[VALUE] = attach_new(self.shared, VALUE, lora, self._acting, self._seed + 1)
+        # a head that was trained on another role's states says nothing about these: zero is an honest start
+        self.value_head = _head(start if cast.critic == "adapter" else None, hidden)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[Any]:
-        """The causal model with `role`'s adapter active, under autocast where the base computes in bfloat16.
+        """The causal model that plays `role`; within, every call of it acts for that role."""
+        full = role == POLICY and self.cast.policy == "full"
+        before, self._acting.role = self._acting.role, role
+        try:
+            with self._autocast() if full else nullcontext():
+                yield self.policy_model if full else self.shared
+        finally:
+            self._acting.role = before
 
-        Only the choice of adapter changes. PEFT's own set_adapter would also flip requires_grad, between the forward
-        and the backward of another role.
-        """
-        for layer in self._layers:
-            layer._active_adapter = [role]
-        device = self.reward_head.weight.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute_dtype is torch.bfloat16):
-            yield self.causal
+    def _autocast(self) -> torch.autocast:
+        """For weights that are held in float32 and computed with in bfloat16."""
+        is_half = self.compute_dtype is torch.bfloat16
+        return torch.autocast(self.value_head.weight.device.type, dtype=torch.bfloat16, enabled=is_half)
 
-    def forward(self, batch: MicroBatch) -> Forward:
-        """Policy and value of one micro-batch in one call, so that DDP sees every trained parameter used."""
-        return Forward(self.logprobs(POLICY, batch), self.values(batch))
+    @contextmanager
+    def sampling(self, role: str) -> Iterator[Any]:
+        """`acting_as` for many small forward passes: the adapter's factors are converted once."""
+        additions = self.additions(role)
+        for addition in additions:
+            addition.hold_cast(self.shared.dtype)
+        try:
+            with self.acting_as(role) as model:
+                yield model
+        finally:
+            for addition in additions:
+                addition.hold_cast(None)
 
-    def logprobs(self, role: str, batch: MicroBatch) -> torch.Tensor:
-        """Log-probabilities (B, T) of the response tokens, at least float32, zero where there is no response token.
-
-        Only the hidden states before response tokens meet the head; logits at position t predict token t + 1.
-        """
-        with self.acting_as(role) as model:
+    def forward(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> Forward:
+        """Policy and critic of one micro-batch; with `critic: shared` from one pass."""
+        if self.cast.critic != "shared":
+            return Forward(*self.policy(batch, entropy_gradient=entropy_gradient), self.values(batch))
+        with self.acting_as(POLICY) as model:
             hidden = self._hidden(model, batch)
-            rows, steps = batch.is_response.nonzero(as_tuple=True)
-            logits = model.get_output_embeddings()(hidden[rows, batch.before_response[rows, steps]])
-        chosen = batch.response_ids[rows, steps]
-        scaled = _wide(logits) / self.temperature
-        found = scaled.gather(-1, chosen[:, None]).squeeze(-1) - scaled.logsumexp(-1)
-        return found.new_zeros(batch.is_response.shape).index_put((rows, steps), found)
+            found = self._at_responses(model, hidden, batch, self.temperature, entropy_gradient=entropy_gradient)
+        return Forward(*found, self._values_of(hidden, batch))
+
+    def policy(
+        self, batch: MicroBatch, *, entropy_gradient: bool = False, temperature: float | None = None
+    ) -> TokenLogprobs:
+        """The policy's log-probabilities and entropies (B, T), at the sampling temperature unless another is given."""
+        with self.acting_as(POLICY) as model:
+            hidden = self._hidden(model, batch)
+            at = temperature or self.temperature
+            return self._at_responses(model, hidden, batch, at, entropy_gradient=entropy_gradient)
+
+    def logprobs(self, role: str, batch: MicroBatch) -> TokenLogprobs:
+        """Log-probabilities and entropies (B, T) of the response tokens, zero where there is none."""
+        with self.acting_as(role) as model:
+            return self._at_responses(model, self._hidden(model, batch), batch, self.temperature)
 
     def values(self, batch: MicroBatch) -> torch.Tensor:
-        """V(s_t) (B, T) in the units of the rewards, zero where there is no response token."""
-        with self.acting_as(VALUE) as model:
-            hidden = self._hidden(model, batch)
-        at = batch.before_response[..., None].expand(-1, -1, hidden.shape[-1])
-        states = _wide(hidden.gather(1, at))
-        return torch.where(batch.is_response, self.value_head(states).squeeze(-1), 0.0)
+        """V (B, S) of each state in the units of the scores, zero where there is none."""
+        if self.cast.critic == "separate":
+            with self._autocast():
+                return self._values_of(self._hidden(self.value_model, batch), batch)
+        with self.acting_as(POLICY if self.cast.critic == "shared" else VALUE) as model:
+            return self._values_of(self._hidden(model, batch), batch)
 
     @torch.no_grad()
-    def scores(self, batch: MicroBatch) -> torch.Tensor:
-        """The reward model's scores (B,) at each row's last token: the end-of-turn token where the reply has one."""
-        with self.acting_as(REWARD) as model:
+    def scores(self, label: str, batch: MicroBatch) -> torch.Tensor:
+        """A reward model's scores (B,) at each row's last token: the end-of-turn token where the reply has one."""
+        role = self._reward_roles[label]
+        with self.acting_as(role) as model:
             hidden = self._hidden(model, batch)
         rows = torch.arange(len(batch.last), device=hidden.device)
-        return self.reward_head(_wide(hidden[rows, batch.last])).squeeze(-1)
+        return self.reward_heads[role](_wide(hidden[rows, batch.last])).squeeze(-1)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The number format of the forward pass: tests run in float64."""
+        held = self.value_head.weight.dtype
+        return held if held is torch.float64 else self.compute_dtype
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The policy's and the value's, by name."""
+        """The policy's and the critic's, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def additions(self, role: str) -> list[Any]:
+        """The role's low-rank additions, layer by layer."""
+        layers = (module for module in self.shared.modules() if isinstance(module, SharedLinear))
+        return [layer.additions[role] for layer in layers if role in layer.additions]
+
+    def blocks(self) -> list[nn.Module]:
+        """The decoder layers of all models: what sharding keeps whole, one at a time."""
+        models = [self.shared, getattr(self, "policy_model", None), getattr(self, "value_model", None)]
+        names = {name for model in models if model is not None for name in model._no_split_modules or ()}
+        return [module for module in self.modules() if type(module).__name__ in names]
+
+    def small(self) -> list[nn.Parameter]:
+        """Adapters and heads: a per cent of the weights, the same on every process."""
+        held = [module for module in self.modules() if isinstance(module, Addition)]
+        return [p for module in (*held, self.reward_heads, self.value_head) for p in module.parameters()]
+
+    def is_critics(self, name: str) -> bool:
+        """Whether a trained parameter is the critic's alone."""
+        return f".{VALUE}." in name or name.startswith("value_")
+
     def save_policy(self, folder: Path) -> None:
-        """Write the policy as a plain PEFT adapter folder."""
-        self._save(POLICY, folder, "CAUSAL_LM", None)
+        """Write the policy as a plain PEFT adapter folder, or, fully trained, as a complete model."""
+        if self.cast.policy == "full":
+            _save_as(self.policy_model, self.cast.base, folder)
+            return
+        config = lora_config_from(self._configs[POLICY], task_type="CAUSAL_LM", modules_to_save=None)
+        save_adapter(self.shared, POLICY, config, {}, folder)
 
     def save_value(self, folder: Path) -> None:
-        """Write the value model as a plain PEFT folder of a sequence classifier with one label, head included."""
-        self._save(VALUE, folder, "SEQ_CLS", self.value_head.weight)
-
-    def _save(self, role: str, folder: Path, task_type: str, head: torch.Tensor | None) -> None:
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        tensors = get_peft_model_state_dict(self.peft, adapter_name=role)
-        if head is not None:
-            tensors[SCORE_KEY] = head
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: t.detach().cpu().contiguous() for key, t in tensors.items()},
-            folder / "adapter_model.safetensors",
-        )
-        config = self.peft.peft_config[role].to_dict()
-        kept = lora_config_from(config, task_type=task_type, modules_to_save=["score"] if head is not None else None)
-        kept.inference_mode = True
-        kept.save_pretrained(str(folder))
+        """Write the critic as a sequence classifier with one label: a PEFT folder, or a complete model."""
+        if self.cast.critic == "separate":
+            _save_as(self.value_model, self.cast.base, folder)
+            return
+        role = POLICY if self.cast.critic == "shared" else VALUE
+        config = lora_config_from(self._configs[role], task_type="SEQ_CLS", modules_to_save=["score"])
+        save_adapter(self.shared, role, config, {SCORE_KEY: self.value_head.weight}, folder)
 
     def _hidden(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         """The last hidden states (B, L, H)."""
+        if batch.input_ids.device.type == "cpu":
+            short = batch.input_ids.shape[1] < EAGER_BELOW
+            model.config._attn_implementation = "eager" if short else "sdpa"
         decoder = getattr(model, model.base_model_prefix)
-        return decoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def _at_responses(
+        self,
+        model: Any,
+        hidden: torch.Tensor,
+        batch: MicroBatch,
+        temperature: float,
+        *,
+        entropy_gradient: bool = False,
+    ) -> TokenLogprobs:
+        """Only the states before response tokens meet the head; logits at position t predict token t + 1."""
+        rows, steps = batch.is_response.nonzero(as_tuple=True)
+        states = hidden[rows, batch.before_response[rows, steps]]
+        head = model.get_output_embeddings()
+        weight, bias = head.weight.to(states.dtype), getattr(head, "bias", None)
+        bias = None if bias is None else bias.to(states.dtype)
+        tokens = batch.response_ids[rows, steps]
+        found = token_logprobs(states, weight, bias, tokens, temperature, entropy_gradient=entropy_gradient)
+        blank = found.logprobs.new_zeros(batch.is_response.shape)
+        return TokenLogprobs(*(blank.index_put((rows, steps), item) for item in found))
+
+    def _values_of(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        at = batch.state_at[..., None].expand(-1, -1, hidden.shape[-1])
+        states = _wide(hidden.gather(1, at)).to(self.value_head.weight.dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            return torch.where(batch.is_state, self.value_head(states).squeeze(-1), 0.0)
+
+
+def check_head(roles: Roles, ids: list[int]) -> None:
+    """The head that PPO applies by itself must give what the model's own forward pass gives.
+
+    Some architectures scale or cap their logits after the head. Raises NotImplementedError.
+    """
+    with torch.no_grad(), roles.acting_as(POLICY) as model:
+        given = torch.tensor([ids], device=roles.value_head.weight.device)
+        plain = model(input_ids=given, use_cache=False).logits[0, -1].float()
+        decoder = getattr(model, model.base_model_prefix)
+        ours = model.get_output_embeddings()(decoder(input_ids=given, use_cache=False).last_hidden_state[0, -1]).float()
+    if not torch.allclose(plain, ours, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
+        raise NotImplementedError(
+            f"{type(model).__name__} changes its logits after the output head, which PPO does not follow: its "
+            "log-probabilities would be those of another model"
+        )
+
+
+def _head(weight: torch.Tensor | None, hidden: int) -> nn.Linear:
+    """hidden -> 1 without bias, in float32; zero where there is nothing to start from."""
+    head = nn.Linear(hidden, 1, bias=False)
+    head.weight.data = torch.zeros(1, hidden) if weight is None else weight.float().clone()
+    return head
+
+
+def _lora_of(config: dict[str, Any]) -> Lora:
+    """Settings for a new adapter like the one with this configuration."""
+    targets = config["target_modules"]
+    return Lora(r=config["r"], alpha=int(config["lora_alpha"]), targets=targets if targets == "all-linear" else sorted(targets))
+
+
+def _save_as(model: Any, base: Path, folder: Path) -> None:
+    """Write `model` in the number format of the base's own files: training held it in float32."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: item.detach().to(dtype) for key, item in model.state_dict().items()}
+    before, model.config.dtype = model.config.dtype, dtype
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype = before
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """At least float32: bfloat16 log-probabilities are too coarse to compare."""
+    """At least float32: bfloat16 is too coarse for scores and values."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

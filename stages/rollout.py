@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from baton.decode import Reply, decode
+from baton.decode import Choice, Reply, decode
 
 SAMPLING_STREAM, ORDER_STREAM = 0, 1
+
+BLOCK = 256
+"""Tokens whose weights `inverse_cdf` adds up at once."""
 
 
 @dataclass(frozen=True)
@@ -22,20 +25,6 @@ class Episode:
     index: int  # position in the run: step x episodes_per_batch + place in the batch
     prompt: list[int]
     reply: Reply
-
-
-@dataclass
-class MicroBatch:
-    """Right-padded episodes. B rows, L tokens, T response positions; masks come from lengths, never from ids."""
-
-    input_ids: torch.Tensor  # (B, L)
-    attention_mask: torch.Tensor  # (B, L)
-    position_ids: torch.Tensor  # (B, L)
-    response_ids: torch.Tensor  # (B, T), 0 where there is no response token
-    before_response: torch.Tensor  # (B, T): position of the hidden state that predicts each response token
-    is_response: torch.Tensor  # (B, T)
-    last: torch.Tensor  # (B,): position of the last real token
-    ended: torch.Tensor  # (B,): whether the reply stopped by itself
 
 
 def episode_prompts(seed: int, num_prompts: int, first: int, count: int) -> list[int]:
@@ -57,6 +46,39 @@ def sampling_noise(seed: int, index: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, (index << 1) | SAMPLING_STREAM])).random(length)
 
 
+def sample_with(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    *,
+    seed: int,
+    temperature: float,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    rows: int = 64,
+    agree: Callable[[bool], bool] | None = None,
+) -> list[Reply]:
+    """A sampled reply to each prompt, with log-probabilities; `indices` choose the noise, `seed` the run's.
+
+    `rows` replies are in the making at a time. For `agree` see `baton.decode.decode`.
+    """
+    noise = np.empty((len(prompts), max_new_tokens))
+    for place, index in enumerate(indices):
+        noise[place] = sampling_noise(seed, index, max_new_tokens)
+    return sample_replies(
+        model,
+        prompts,
+        noise,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        rows=rows,
+        agree=agree,
+    )
+
+
 def sample_replies(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -66,42 +88,62 @@ def sample_replies(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     pad_id: int,
+    rows: int = 64,
+    agree: Callable[[bool], bool] | None = None,
 ) -> list[Reply]:
     """Sample from softmax(logits / temperature) by inverse CDF with `noise` (len(prompts), max_new_tokens).
 
-    Neither top-k nor top-p: the distribution that is sampled is the one that is trained.
+    Neither top-k nor top-p: the distribution that is sampled is the one that is trained. Raises RuntimeError where the
+    model's logits are not finite.
     """
-    uniform = torch.as_tensor(noise, dtype=torch.float64)
+    uniform = torch.as_tensor(noise, dtype=torch.float64).to(model.device)
 
-    def pick(logits: torch.Tensor, rows: torch.Tensor, position: int) -> torch.Tensor:
-        cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-        drawn = uniform[rows.cpu(), position].to(cdf.device)[:, None] * cdf[:, -1:]
-        return torch.searchsorted(cdf, drawn, right=True).squeeze(-1).clamp(max=cdf.shape[-1] - 1)
+    def pick(logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> Choice:
+        return inverse_cdf(logits if temperature == 1.0 else logits / temperature, uniform[rows, positions])
 
-    return decode(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, pad_id=pad_id, pick=pick)
-
-
-def make_micro_batch(episodes: Sequence[Episode], pad_id: int, device: torch.device) -> MicroBatch:
-    """Stack episodes, padded on the right to the longest."""
-    rows = [episode.prompt + episode.reply.ids for episode in episodes]
-    lengths = torch.tensor([len(row) for row in rows])
-    prompts = torch.tensor([len(episode.prompt) for episode in episodes])
-    responses = lengths - prompts
-    width, steps = int(lengths.max()), int(responses.max())
-    positions = torch.arange(width)
-    offsets = torch.arange(steps)
-    is_response = offsets < responses[:, None]
-    response_ids = torch.tensor([e.reply.ids + [0] * (steps - len(e.reply.ids)) for e in episodes])
-    batch = MicroBatch(
-        input_ids=torch.tensor([row + [pad_id] * (width - len(row)) for row in rows]),
-        attention_mask=(positions < lengths[:, None]).long(),
-        position_ids=positions.expand(len(rows), width),
-        response_ids=response_ids,
-        before_response=torch.where(is_response, prompts[:, None] - 1 + offsets, torch.zeros_like(offsets)),
-        is_response=is_response,
-        last=lengths - 1,
-        ended=torch.tensor([episode.reply.ended for episode in episodes]),
+    replies = decode(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        pick=pick,
+        max_rows=rows,
+        agree=agree,
     )
-    for name, tensor in vars(batch).items():
-        setattr(batch, name, tensor.to(device))
-    return batch
+    for place, reply in enumerate(replies):
+        if not np.isfinite(reply.logprobs).all():
+            at = int(np.argmin(np.isfinite(reply.logprobs)))
+            raise RuntimeError(f"the policy's logits are not finite at token {at} of the reply to prompt {place}")
+    return replies
+
+
+def inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> Choice:
+    """The first token whose cumulative softmax exceeds `uniform`, and its log-probability.
+
+    logits (N, V) of at least float32, uniform (N,) float64 in [0, 1). Weights are summed in float64, by blocks first:
+    only the block that the draw falls into is summed token by token.
+    """
+    count, size = logits.shape
+    blocks = -(-size // BLOCK)
+    weights = logits.new_zeros(count, blocks * BLOCK)
+    highest = logits.amax(-1, keepdim=True)
+    torch.sub(logits, highest, out=weights[:, :size]).exp_()
+    weights = weights.view(count, blocks, BLOCK)
+    below = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = below[:, -1]
+    block = _first_above(below, uniform * total)
+    chosen = block[:, None]
+    start = torch.where(block > 0, below.gather(-1, (chosen - 1).clamp(min=0)).squeeze(-1), 0.0)
+    inside = weights.gather(1, chosen[..., None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    ids = block * BLOCK + _first_above(inside, uniform * total - start)
+    ids = ids.clamp(max=size - 1)  # as above
+    scaled = logits.gather(-1, ids[:, None]) - highest
+    return Choice(ids, scaled.squeeze(-1).double() - total.log())
+
+
+def _first_above(cumulative: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """The first place whose cumulative weight (N, K) exceeds `drawn` (N,); rounding must not lead past the last."""
+    most = torch.nextafter(cumulative[:, -1], cumulative.new_zeros(()))
+    found = torch.searchsorted(cumulative, torch.minimum(drawn, most)[:, None], right=True).squeeze(-1)
+    return found.clamp(max=cumulative.shape[-1] - 1)  # logits that are not finite lead past the last

@@ -74,9 +74,11 @@ def load(source: Source, folder: Path, kind: str) -> Loaded:
     assert kind in KINDS, kind
     facts = fingerprint(source, folder)
     files = locate(source.path, folder)
-    if files and source.model_fields_set & {"split", "revision"}:
-        raise UserError(f"{source.path} is a local file: split and revision are for hub ids; use rows to take a part")
-    records = read_records(files) if files else read_hub(source.path, source.split, source.revision)
+    if files and source.model_fields_set & {"subset", "split", "revision"}:
+        raise UserError(
+            f"{source.path} is a local file: subset, split and revision are for hub ids; use rows to take a part"
+        )
+    records = read_records(files) if files else read_hub(source.path, source.subset, source.split, source.revision)
     if source.rows:
         records = _slice(records, *source.rows, source.path)
     records = iter(records)
@@ -102,7 +104,7 @@ def fingerprint(source: Source, folder: Path) -> dict[str, Any]:
     """What identifies a source: all of `Loaded.fingerprint` but the number of rows, without parsing any.
 
     `sha256` and `size` are of the raw bytes, `format` as declared. A hub dataset has no bytes before it is
-    downloaded: its id, `revision` and `split` identify it, so that a change is noticed only if the revision
+    downloaded: its id, `revision`, `subset` and `split` identify it, so that a change is noticed only if the revision
     is one commit.
     """
     files = locate(source.path, folder)
@@ -116,7 +118,7 @@ def fingerprint(source: Source, folder: Path) -> dict[str, Any]:
         "weight": source.weight,
         "slice": list(source.rows) if source.rows else None,
     }
-    return facts if files else {**facts, "split": source.split, "revision": source.revision}
+    return facts if files else {**facts, "subset": source.subset, "split": source.split, "revision": source.revision}
 
 
 def mix(loaded: list[Loaded], seed: int) -> list[dict]:

@@ -106,17 +106,17 @@ def read_records(files: list[Path]) -> Iterator[Record]:
             raise UserError(f"{file} is empty; expected at least one row")
 
 
-def read_hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
-    """The rows of a hub dataset. Raises UserError if it cannot be loaded (absent, offline, no such split)."""
+def read_hub(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Record]:
+    """The rows of a hub dataset. Raises UserError if it cannot be loaded (absent, offline, no such subset or split)."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(path, split=split, revision=revision)
+        rows = datasets.load_dataset(path, subset, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
-            f"{path}: there is no such file or folder, and as a hub dataset (split {split}, revision "
-            f"{revision or 'not given'}) it could not be loaded: {why}"
+            f"{path}: there is no such file or folder, and as a hub dataset (subset {subset or 'not given'}, split "
+            f"{split}, revision {revision or 'not given'}) it could not be loaded: {why}"
         ) from None
     for number, row in enumerate(rows, 1):
         yield Record(row, f"{path} ({split})", number)

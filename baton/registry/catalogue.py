@@ -142,7 +142,8 @@ class Registry:
     ) -> Version:
         """Publish a folder written by save_pretrained; the same content again gives the version that exists.
 
-        kind: base, adapter, reward, value or merged. base: of an adapter, reward or value. parents: by role.
+        kind: base, adapter, reward, value or merged. base: of an adapter; a reward or value model
+        without one is a whole classifier. parents: by role.
         details: any of data, recipe, metrics, licence, build_key, code, packages, for the manifest.
         """
         from baton.registry.publish import publish

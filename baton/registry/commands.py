@@ -129,7 +129,7 @@ def publish(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder written by save_pretrained.")],
     name: Annotated[str, typer.Option(help="team/name")],
     kind: Annotated[str, typer.Option(help="base, adapter, reward, value or merged")],
-    base: Annotated[str | None, typer.Option(metavar="REF", help="An adapter's base.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="REF", help="An adapter's base; none for a whole model.")] = None,
     parent: Annotated[list[str] | None, typer.Option(metavar="ROLE=REF", help="May be repeated.")] = None,
     licence: Annotated[str | None, typer.Option(help="An SPDX identifier, such as apache-2.0.")] = None,
     alias: Annotated[str | None, typer.Option(help="Make this alias mean the new version.")] = None,

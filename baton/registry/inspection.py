@@ -9,7 +9,7 @@ from baton.errors import UserError
 from baton.registry.manifest import is_safe_path
 from baton.registry.pickles import why_pickle
 from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS, KINDS, WHOLE_KINDS, Version
-from baton.registry.vocabulary import read_json, token_ids
+from baton.registry.vocabulary import read_json, special_tokens, token_ids
 from baton.registry.weights import Tensor, embedding_rows, read_header, read_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,8 +35,11 @@ def inspect(folder: Path, kind: str, base: Version | None) -> list[str]:
             )
         if path.endswith(".json"):
             _refuse_remote_code(folder / path)
-    _check_base(kind, base)
-    tensors = _check_adapter(folder, kind, paths) if kind in ADAPTER_KINDS else _check_whole(folder)
+    _check_base(kind, base, is_adapter=ADAPTER_CONFIG in paths)
+    if base is not None:
+        tensors = _check_adapter(folder, kind, paths)
+    else:
+        tensors = _check_classifier(folder, kind) if kind in HEAD_KINDS else _check_whole(folder)
     _check_vocabulary(folder, tensors, base)
     return paths
 
@@ -73,8 +76,9 @@ def _refuse_remote_code(path: Path) -> None:
         )
 
 
-def _check_base(kind: str, base: Version | None) -> None:
-    if kind in ADAPTER_KINDS and base is None:
+def _check_base(kind: str, base: Version | None, is_adapter: bool) -> None:
+    # a reward or value model may also be a whole classifier, which has no base
+    if base is None and (kind == "adapter" or kind in HEAD_KINDS and is_adapter):
         raise UserError(f"kind {kind} is an adapter and needs its base model: name it with base (--base REF).")
     if kind not in ADAPTER_KINDS and base is not None:
         raise UserError(f"kind {kind} is a whole model and has no base; name {base.ref} as a parent instead.")
@@ -113,6 +117,34 @@ def _check_whole(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} is an adapter; publish it as kind {', '.join(ADAPTER_KINDS)} with its base.")
     read_json(folder / "config.json")
     return read_model(folder)
+
+
+def _check_classifier(folder: Path, kind: str) -> dict[str, Tensor]:
+    """A whole reward or value model: plain transformers must load it with its head, and read it where padding ends."""
+    tensors = _check_whole(folder)
+    settings = read_json(folder / "config.json")
+    classes = settings.get("architectures") or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in classes):
+        raise UserError(
+            f"{folder / 'config.json'} names {', '.join(map(str, classes)) or 'no architecture'}; kind {kind} without "
+            "a base is a sequence classifier with one label (AutoModelForSequenceClassification, save_pretrained)."
+        )
+    if HEAD not in tensors:
+        raise UserError(
+            f"{folder} has no {HEAD}: the {kind} head was not saved, or has another name, and would be random on "
+            f"loading. Kind {kind} without a base needs a decoder's sequence classifier, whose head is `score`."
+        )
+    if tensors[HEAD].shape[0] != 1:
+        raise UserError(f"{folder}: {HEAD} has shape {tensors[HEAD].shape}; expected one row (num_labels=1).")
+    if (folder / "tokenizer.json").is_file():
+        pad, configured = special_tokens(folder, token_ids(folder))["pad"], settings.get("pad_token_id")
+        if pad is None or pad != configured:
+            raise UserError(
+                f"{folder}: the tokenizer pads with id {pad}, config.json says pad_token_id {configured}. A classifier "
+                "reads its score at the last token that is not padding, so in a batch it would read another one. Give "
+                "both the same pad token and save both again."
+            )
+    return tensors
 
 
 def _check_vocabulary(folder: Path, tensors: dict[str, Tensor], base: Version | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from baton.errors import UserError
-from baton.registry.version import ADAPTER_KINDS, KINDS
+from baton.registry.version import KINDS, WHOLE_KINDS
 
 FORMAT = "baton.manifest/1"
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -88,7 +88,10 @@ def _problems(manifest: Any, data: bytes) -> list[str]:
         return problems
     if manifest["kind"] not in KINDS:
         problems.append(f"unknown kind {manifest['kind']!r}")
-    if (manifest["kind"] in ADAPTER_KINDS) != (manifest["base"] is not None):
+    # a reward or value model is an adapter on a base, or a whole classifier without one
+    if manifest["kind"] == "adapter" and manifest["base"] is None:
+        problems.append("kind adapter with base None")
+    if manifest["kind"] in WHOLE_KINDS and manifest["base"] is not None:
         problems.append(f"kind {manifest['kind']} with base {manifest['base']}")
     digests = [manifest["tokenizer_digest"], manifest["chat_template_digest"], manifest["base"]]
     for digest in [*digests, *manifest["parents"].values()]:

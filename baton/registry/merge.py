@@ -10,7 +10,7 @@ from baton.registry import probe
 from baton.registry.inspection import HEAD
 from baton.registry.materialise import copy_blob, new_folder
 from baton.registry.store import LocalStore, full_disk_is_user_error
-from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS, Version
+from baton.registry.version import HEAD_KINDS, Version
 from baton.registry.vocabulary import TOKENIZER_FILES
 from baton.registry.weights import Tensor, read_model
 
@@ -25,7 +25,7 @@ def merge(store: LocalStore, version: Version, adapter: Path, base: Path, target
     classifier with its head. Raises UserError when merging changes nothing, ProbeMismatch when it gives
     another model than the adapter on its base.
     """
-    assert version.kind in ADAPTER_KINDS, version.kind
+    assert version.base is not None, version.kind
     from peft import PeftModel
 
     with (

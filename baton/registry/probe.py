@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from baton.errors import UserError
 from baton.registry.inspection import ADAPTER_WEIGHTS, HEAD
-from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS
-from baton.registry.weights import read_header
+from baton.registry.version import HEAD_KINDS
+from baton.registry.weights import read_header, read_model
 
 if TYPE_CHECKING:
     import torch
@@ -111,19 +111,22 @@ def is_scorer(model: "torch.nn.Module") -> bool:
 def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | None) -> "torch.nn.Module":
     """Load a version with plain transformers and peft, float32 on the CPU, in eval mode.
 
-    Raises ProbeMismatch when it does not load, or loads with weights missing.
+    base_folder: of an adapter; None for what loads by itself. Raises ProbeMismatch when it does not load, or loads
+    with weights missing.
     """
     from peft import PeftModel
 
-    if kind in HEAD_KINDS and not any(name.endswith(HEAD) for name in read_header(folder / ADAPTER_WEIGHTS)):
-        raise ProbeMismatch(f"{folder / ADAPTER_WEIGHTS} has lost its {HEAD}; the head would be random.")
+    if kind in HEAD_KINDS:
+        stored = read_model(folder) if base_folder is None else read_header(folder / ADAPTER_WEIGHTS)
+        if not any(name.endswith(HEAD) for name in stored):
+            raise ProbeMismatch(f"{folder} has lost its {HEAD}; the head would be random.")
     with quiet_loading() as caught:
         try:
-            if kind in ADAPTER_KINDS:
-                assert base_folder is not None, "an adapter's probe needs its base"
+            if base_folder is not None:
                 model = load_whole(base_folder, kind in HEAD_KINDS, pad_token_id)
                 model = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
             else:
+                assert kind != "adapter", "an adapter's probe needs its base"
                 model = load_whole(folder, None, pad_token_id)
         except Exception as error:
             # Any class may come out of a strange folder; the machine's own troubles are no mismatch.

@@ -11,7 +11,7 @@ from baton.registry import probe, provenance, records, vocabulary, weights
 from baton.registry.inspection import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inspect, rows_of, vocabulary_size
 from baton.registry.reference import check_name
 from baton.registry.store import full_disk_is_user_error, write_hashed
-from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS, Version
+from baton.registry.version import HEAD_KINDS, Version
 
 if TYPE_CHECKING:
     from baton.registry.catalogue import Registry
@@ -133,8 +133,7 @@ def _is_local(value: Any) -> TypeGuard[str]:
 
 
 def _describe(aside: Path, kind: str, files: list[dict[str, Any]], base: Version | None) -> dict[str, Any]:
-    is_adapter = kind in ADAPTER_KINDS
-    tensors = weights.read_header(aside / ADAPTER_WEIGHTS) if is_adapter else weights.read_model(aside)
+    tensors = weights.read_header(aside / ADAPTER_WEIGHTS) if base else weights.read_model(aside)
     described: dict[str, Any] = {
         "format": manifests.FORMAT,
         "kind": kind,

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("base", "adapter", "reward", "value", "merged")
-ADAPTER_KINDS = ("adapter", "reward", "value")  # a PEFT adapter that needs its base to load
-HEAD_KINDS = ("reward", "value")  # adapters with a score head
+HEAD_KINDS = ("reward", "value")  # with a score head: a PEFT adapter on a base, or a whole sequence classifier
+ADAPTER_KINDS = ("adapter", *HEAD_KINDS)  # may be a PEFT adapter, which needs its base to load
 WHOLE_KINDS = ("base", "merged")  # load by themselves, and may be an adapter's base
 
 
@@ -30,5 +30,5 @@ class Version:
 
     @property
     def base(self) -> str | None:
-        """The digest of the base that an adapter belongs to."""
+        """The digest of the base that an adapter belongs to; None for whatever loads by itself."""
         return self.manifest["base"]

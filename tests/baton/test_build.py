@@ -7,8 +7,19 @@ from typing import Any
 import pytest
 
 from baton import build
-from baton.build import ModelSource, build_key, model_source, resolve_inputs, up_to_date
+from baton.build import (
+    Inputs,
+    ModelSource,
+    build_key,
+    model_source,
+    resolve_inputs,
+    reward_role,
+    shares_base,
+    up_to_date,
+)
+from baton.chain import Options, plan
 from baton.errors import UserError
+from baton.registry import Version
 from tests.conftest import swap_two_tokens
 
 
@@ -135,7 +146,8 @@ def test_code_digest_covers_code_and_templates(tmp_path: Path, monkeypatch: pyte
         ),
         ("reward", "sft=tiny/base:1", "tiny/base:1 is a base version; the reward model goes on.*-m stages.sft"),
         ("reward", "sft=tiny/reward:1", "tiny/reward:1 is a reward version"),
-        ("ppo", "sft=tiny/base:1", "tiny/base:1 is a base version; PPO's policy starts from SFT's adapter"),
+        ("ppo", "sft=tiny/base:1", "tiny/base:1 has no chat template: it has not learned to answer.*stages.sft"),
+        ("ppo", "sft=tiny/reward:1", "tiny/reward:1 is a reward version; PPO's policy starts from SFT's model"),
         ("ppo", "reward=tiny/sft:1", "tiny/sft:1 is an adapter version; PPO needs a reward model.*-m reward.train"),
         ("ppo", "reward=tiny/value:1", "tiny/value:1 is a value version; PPO needs a reward model"),
     ],
@@ -152,17 +164,155 @@ def test_registering_a_base_takes_no_registry_reference(chain: Any) -> None:
         resolve_inputs(recipe, chain.registry)
 
 
-def test_another_tokenizer_than_the_reward_models_is_refused(chain: Any) -> None:
-    ref = chain.republished(swap_two_tokens)
-    with pytest.raises(UserError, match=f"tiny/reward:1 has another tokenizer than {ref}.*reward.train"):
-        resolve_inputs(chain.recipe("ppo", f"sft={ref}"), chain.registry)
+def change_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text() + "{# another #}")
 
 
-def test_another_chat_template_than_the_reward_models_is_refused(chain: Any) -> None:
-    def change_template(folder: Path) -> None:
-        path = folder / "chat_template.jinja"
-        path.write_text(path.read_text() + "{# another #}")
+@pytest.mark.parametrize("change", [swap_two_tokens, change_template])
+def test_a_reward_of_another_text_does_not_share_the_base(chain: Any, change: Any) -> None:
+    """It is no error: such a reward model is loaded by itself."""
+    ref = chain.republished(change)
+    versions = resolve_inputs(chain.recipe("ppo", f"sft={ref}"), chain.registry).versions
+    assert not shares_base(versions["sft"], versions["reward"])
 
-    ref = chain.republished(change_template)
-    with pytest.raises(UserError, match=f"tiny/reward:1 has another chat template than {ref}"):
-        resolve_inputs(chain.recipe("ppo", f"sft={ref}"), chain.registry)
+
+def scorer(chain: Any, name: str, base: Version | None) -> Version:
+    """The tiny reward model again under another name: merged into a whole classifier where `base` is None."""
+    folder = chain.root / name.replace("/", "-")
+    reward = chain.registry.resolve("tiny/reward:1")
+    if base is None:
+        chain.registry.merge(reward, folder)
+    else:
+        chain.registry.materialise(reward, folder)
+        shutil.rmtree(folder / "base")
+    return chain.registry.publish(folder, name=name, kind="reward", base=base)
+
+
+def merged_sft(chain: Any) -> Version:
+    folder = chain.root / "merged"
+    chain.registry.merge(chain.registry.resolve("tiny/sft:1"), folder)
+    return chain.registry.publish(folder, name="tiny/merged", kind="merged")
+
+
+def test_which_rewards_share_the_policys_base(chain: Any) -> None:
+    sft, reward = chain.registry.resolve("tiny/sft:1"), chain.registry.resolve("tiny/reward:1")
+    assert shares_base(sft, reward) and shares_base(sft, chain.registry.resolve("tiny/value:1"))
+    merged = merged_sft(chain)
+    assert not shares_base(merged, reward), "the reward's adapter sits on the raw base"
+    on_merged = scorer(chain, "tiny/on-merged", merged)
+    assert shares_base(merged, on_merged) and not shares_base(sft, on_merged)
+    whole = scorer(chain, "tiny/whole", None)
+    assert whole.base is None and not shares_base(sft, whole) and not shares_base(merged, whole)
+
+
+LORA = "lora={r: 2, alpha: 4}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sft=tiny/sft:1", LORA], "ppo.yaml: lora: tiny/sft:1 is an adapter, .*would be ignored. Leave lora out"),
+        (["sft=tiny/merged:1"], "ppo.yaml: tiny/merged:1 is a merged version.*needs its settings.*lora: {r: 16"),
+        (["sft=tiny/classifier:1", LORA], "tiny/classifier:1 is a classifier and writes no text"),
+    ],
+)
+def test_what_the_policy_starts_from(chain: Any, overrides: list[str], message: str) -> None:
+    merged_sft(chain)
+    folder = chain.root / "classifier"
+    chain.registry.merge(chain.registry.resolve("tiny/reward:1"), folder)
+    chain.registry.publish(folder, name="tiny/classifier", kind="merged")
+    with pytest.raises(UserError, match=message):
+        resolve_inputs(chain.recipe("ppo", *overrides), chain.registry)
+    for fine in (["sft=tiny/merged:1", LORA], ["sft=tiny/merged:1", "policy=full"], ["policy=full"]):
+        assert set(resolve_inputs(chain.recipe("ppo", *fine), chain.registry).versions) == {"sft", "reward"}
+
+
+def ppo_inputs(chain: Any, rewards: str, *overrides: str) -> Inputs:
+    return resolve_inputs(chain.recipe("ppo", f"reward={rewards}", *overrides), chain.registry)
+
+
+def test_the_roles_of_rewards(chain: Any) -> None:
+    rule = "{function: 'reward.rules:exact_answer'}"
+    one = ppo_inputs(chain, f"[{rule}, {{model: 'tiny/reward:1', weight: 0.5}}]")
+    assert set(one.versions) == {"sft", "reward"}
+    scorer(chain, "tiny/whole", None)
+    several = "[{model: 'tiny/reward:1'}, {model: 'tiny/whole:1', name: strict}]"
+    found = ppo_inputs(chain, several, "gold={model: 'tiny/whole:1'}").versions
+    assert {role: version.ref for role, version in found.items()} == {
+        "sft": "tiny/sft:1",
+        "reward-reward": "tiny/reward:1",
+        "reward-strict": "tiny/whole:1",
+        "gold": "tiny/whole:1",
+    }
+    recipe = chain.recipe("ppo", f"reward={several}", "gold={model: 'tiny/whole:1'}")
+    roles = [reward_role(recipe, source) for source in [*recipe.rewards, recipe.gold]]
+    assert roles == ["reward-reward", "reward-strict", "gold"]
+    assert set(ppo_inputs(chain, f"[{rule}]").versions) == {"sft"}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("[{model: 'tiny/sft:1'}]", "tiny/sft:1 is an adapter version; PPO needs a reward model"),
+        ("[{model: 'tiny/nothing:1'}]", "no model 'tiny/nothing'"),
+        ("[{function: 'nowhere.rules:f'}]", "function: there is no module nowhere.rules"),
+        ("[{classifier: './nowhere'}]", "classifier: there is no folder ./nowhere"),
+        ("[{classifier: 'tiny/reward:1'}]", "classifier: tiny/reward:1 is a registry reference; write it as model:"),
+        ("[{classifier: './model.gguf'}]", "is a GGUF file"),
+    ],
+)
+def test_rewards_that_are_not_there(chain: Any, rewards: str, message: str) -> None:
+    (chain.root / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=message):
+        ppo_inputs(chain, rewards)
+    with pytest.raises(UserError, match=message):
+        resolve_inputs(chain.recipe("ppo", f"gold={rewards[1:-1]}"), chain.registry)
+
+
+def test_the_keys_follow_the_code_of_functions(chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without running it: importing would raise."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "our_rewards").mkdir()
+    for name in ("__init__", "rules", "other"):
+        (tmp_path / "our_rewards" / f"{name}.py").write_text("raise RuntimeError\n")
+    rewards = "reward=[{function: 'our_rewards.rules:f'}]"
+    before = keys(chain, "ppo", rewards)
+    (tmp_path / "our_rewards" / "other.py").write_text("x = 1\n")
+    assert keys(chain, "ppo", rewards) == before
+    (tmp_path / "our_rewards" / "rules.py").write_text("x = 1\n")
+    assert keys(chain, "ppo", rewards) != before
+
+
+@pytest.mark.parametrize("use", ["reward=[{}]", "gold={}"])
+def test_the_keys_follow_the_files_of_classifiers(chain: Any, use: str) -> None:
+    folder = chain.root / "judge"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    override = use.replace("{}", "{classifier: ./judge}")
+    before = keys(chain, "ppo", override)
+    (folder / "config.json").write_text("{ }")
+    assert keys(chain, "ppo", override) != before
+
+
+def test_the_keys_follow_what_is_mixed_in(chain: Any) -> None:
+    (chain.root / "mixed.jsonl").write_text('{"text": "a"}\n')
+    overrides = ["data.ptx=[{path: mixed.jsonl}]", "ppo.ptx_coefficient=0.1"]
+    before = keys(chain, "ppo", *overrides)
+    (chain.root / "mixed.jsonl").write_text('{"text": "b"}\n')
+    assert keys(chain, "ppo", *overrides) != before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward=[{model: 'tiny/reward:1'}, {model: 'tiny/none:1'}]"], "ppo.yaml: reward: .*no model 'tiny/none'"),
+        (["gold={model: 'tiny/gone:2'}"], "ppo.yaml: gold: .*no model 'tiny/gone'"),
+        (["reward=[{function: 'nowhere.rules:f'}]"], "ppo.yaml: reward: function: there is no module nowhere.rules"),
+        (["gold={classifier: './nowhere'}"], "ppo.yaml: gold: classifier: there is no folder"),
+    ],
+)
+def test_a_chain_asks_for_every_reward_before_its_first_stage(chain: Any, overrides: list[str], message: str) -> None:
+    assert len(plan(chain.root, [], Options())) == 4
+    with pytest.raises(UserError, match=message):
+        plan(chain.root, [f"ppo.{override}" for override in overrides], Options())

@@ -91,6 +91,20 @@ def test_a_value_model_scores_too(tiny_chain: Any) -> None:
         assert torch.isfinite(model(IDS).logits).all()
 
 
+def test_a_whole_classifier_is_loaded_as_it_is(tiny_chain: Any, tmp_path: Path) -> None:
+    """The merged reward model, with no base under it, scores as the adapter on its base."""
+    chain = tiny_chain.copy(tmp_path)
+    folder = chain.registry.merge(chain.versions["reward"], tmp_path / "merged")
+    version = chain.registry.publish(folder, name="tiny/whole", kind="reward")
+    whole, tokenizer = models.load_scorer(chain.registry, version, "float32")
+    adapter, _ = models.load_scorer(chain.registry, chain.versions["reward"], "float32")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(IDS).logits, adapter(IDS).logits, atol=1e-5, rtol=0)
+        assert abs(float(whole(IDS).logits)) > 1e-3, "zero would be equal to anything lost"
+    assert whole.config.pad_token_id == tokenizer.pad_token_id == 1 and not whole.training
+    assert not hasattr(whole, "peft_config")
+
+
 def test_the_wrong_kind_is_refused(tiny_chain: Any) -> None:
     registry, versions = tiny_chain.registry, tiny_chain.versions
     with pytest.raises(UserError, match="tiny/reward:1 is a reward model, which does not write text"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from baton.recipe import Publish, Recipe, SFTRecipe, WorldRecipe
+from baton.recipe import PPORecipe, Publish, Recipe, SFTRecipe, WorldRecipe
 from baton.registry import Registry, Version
 from baton.results import format_duration, results_table, stage_lines
 
@@ -33,6 +33,30 @@ def test_each_stage_shows_its_measures_against_what_they_are_compared_with() -> 
         ("tokens a reply", "21.25", "20.00 before"),
         ("inventions", "10.0%", "40.0% before"),
     ]
+
+
+def test_ppo_shows_gold_and_the_win_rate_with_its_interval() -> None:
+    metrics = {"eval/reward": 1.0, "eval/win_rate": 0.7125, "eval/win_rate_low": 0.6, "eval/win_rate_high": 0.8049}
+    metrics |= {"eval/gold": 0.5, "eval/gold_before": 0.125, "eval/gold_se": 0.1, "eval/tie_rate": 0.1}
+    assert stage_lines("ppo", metrics) == [
+        ("reward", "1.000", ""),
+        ("gold reward", "0.500", "0.125 before"),
+        ("win rate over SFT", "71.2%", "60.0%–80.5%"),
+    ]
+    del metrics["eval/win_rate_low"]
+    assert stage_lines("ppo", metrics)[2] == ("win rate over SFT", "71.2%", "")
+
+
+def test_the_ppo_rows_fit_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Registry.open(tmp_path, create=True)
+    metrics = {"eval/reward": -10.123, "eval/reward_before": -12.345, "eval/gold": 0.5, "eval/gold_before": 0.1}
+    metrics |= {"eval/win_rate": 1.0, "eval/win_rate_low": 0.9, "eval/win_rate_high": 1.0, "seconds": 7625}
+    version = Version("a-team/a-long-name", 12, "sha256:" + "0" * 64, {"metrics": metrics})
+    monkeypatch.setattr(Registry, "resolve", lambda registry, ref: version)
+    text = shown([recipe(PPORecipe, tmp_path, Publish(name="a-team/a-long-name"))])
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "-12.345 before" in text and "90.0%–100.0%" in text and "-10.123" in text
+    assert "gold reward: by a reward that was never optimised" in text and "win rate: by the" in text
 
 
 def test_unknown_and_missing_metrics_are_not_shown() -> None:
@@ -71,7 +95,8 @@ def test_stages_without_a_version_have_no_row(tmp_path: Path) -> None:
 
 
 def recipe(kind: type[Recipe], registry: Path, publish: Publish) -> Recipe:
-    return kind.model_construct(stage="sft", registry=str(registry), run_dir="runs/sft", publish=publish)
+    stage = kind.__name__.removesuffix("Recipe").lower()
+    return kind.model_construct(stage=stage, registry=str(registry), run_dir="runs/sft", publish=publish)
 
 
 def shown(recipes: list[Recipe]) -> str:

@@ -236,3 +236,22 @@ def test_a_recipe_that_does_not_load_ends_with_2(
 def test_without_a_recipe_it_says_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(monkeypatch, lambda recipe: None) == 2
     assert "usage: accelerate launch -m stages.sft RECIPE [key=value …]" in capsys.readouterr().out
+
+
+def test_a_preempted_program_says_where_it_goes_on(
+    chain: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from baton.preemption import Preempted
+
+    ignored: list[bool] = []
+    monkeypatch.setattr(runs, "ignore_signals", lambda: ignored.append(True))
+
+    def main(recipe: Any) -> Any:
+        raise Preempted(12)
+
+    assert ended(monkeypatch, main, str(chain.root / "sft.yaml")) == 75
+    message = "preempted and saved at step 12; the same command goes on from there"
+    assert capsys.readouterr().out == message + "\n"
+    told = json.loads((chain.run_dir("sft") / "status.json").read_text())
+    assert (told["state"], told["message"], told["exit_code"]) == ("preempted", message, 75)
+    assert ignored == [True], "a second signal must not end the program before its status is written"

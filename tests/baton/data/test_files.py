@@ -146,26 +146,26 @@ def test_a_damaged_or_misnamed_file(tmp_path: Path, name: str, content: bytes, e
     assert expected in refusal(name, tmp_path)
 
 
-def test_a_hub_dataset_is_loaded_by_id_split_and_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_is_loaded_by_id_subset_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     calls = []
 
-    def load_dataset(path: str, split: str, revision: str | None) -> datasets.Dataset:
-        calls.append((path, split, revision))
+    def load_dataset(path: str, subset: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        calls.append((path, subset, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = Source(path="org/name", split="test", revision="0a1b", rows=(1, None))
+    source = Source(path="org/name", subset="main", split="test", revision="0a1b", rows=(1, None))
     assert load(source, tmp_path, "text").rows == [{"text": "狐と鴉"}]
-    assert calls == [("org/name", "test", "0a1b")]
+    assert calls == [("org/name", "main", "test", "0a1b")]
 
 
 @pytest.mark.parametrize("error", [ConnectionError("offline"), ValueError("unknown split"), RuntimeError()])
 def test_a_hub_dataset_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import datasets
 
-    def load_dataset(path: str, split: str, revision: str | None) -> None:
+    def load_dataset(path: str, subset: str | None, split: str, revision: str | None) -> None:
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

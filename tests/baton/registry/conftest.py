@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,13 +18,14 @@ ROWS = 304  # a few more than the tokenizer has tokens, as padded embeddings hav
 
 
 class Folders(NamedTuple):
-    """Folders by save_pretrained: two bases that differ in their weights alone, and adapters of the first."""
+    """Folders by save_pretrained: two bases that differ in their weights alone, adapters of the first, a classifier."""
 
     base: Path
     other_base: Path
     adapter: Path
     reward: Path
     value: Path
+    classifier: Path
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -47,12 +48,11 @@ def save_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def save_base(folder: Path, seed: int) -> None:
-    """A random Llama with its tokenizer, in bfloat16 so that merging has a dtype to come back to."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(**settings: Any) -> Any:
+    """Two small layers."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=ROWS,
         hidden_size=32,
         intermediate_size=64,
@@ -62,9 +62,27 @@ def save_base(folder: Path, seed: int) -> None:
         eos_token_id=1,
         pad_token_id=2,
         initializer_range=0.2,
+        **settings,
     )
+
+
+def save_base(folder: Path, seed: int) -> None:
+    """A random Llama with its tokenizer, in bfloat16 so that merging has a dtype to come back to."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(llama_config()).to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_classifier(folder: Path, seed: int, num_labels: int = 1) -> None:
+    """A random, whole Llama sequence classifier with its tokenizer."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    LlamaForSequenceClassification(llama_config(num_labels=num_labels)).save_pretrained(folder)
     save_tokenizer(folder)
 
 
@@ -98,6 +116,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     save_adapter(folders.adapter, folders.base, "CAUSAL_LM", seed=2)
     save_adapter(folders.reward, folders.base, "SEQ_CLS", seed=3)
     save_adapter(folders.value, folders.base, "SEQ_CLS", seed=4)
+    save_classifier(folders.classifier, seed=5)
     return folders
 
 

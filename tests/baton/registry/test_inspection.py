@@ -136,6 +136,51 @@ def test_an_adapter_is_refused(filled: Registry, folders: Any) -> None:
     assert contents(filled) == before
 
 
+def save_other_head(folder: Path) -> None:
+    """A classifier whose head is called otherwise, and whose two labels are no reward."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=304, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=2
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+def test_a_whole_classifier_is_refused(filled: Registry, folders: Any, kind: str) -> None:
+    before = contents(filled)
+    base = filled.resolve("team/base:1")
+
+    def refused(message: str, folder: Path, base: Any = None) -> None:
+        with pytest.raises(UserError, match=message):
+            filled.publish(folder, name="team/new", kind=kind, base=base)
+
+    refused("no adapter_config.json", folders.classifier, base)
+    refused(f"kind {kind} is an adapter and needs its base", folders.reward)
+    refused(f"names LlamaForCausalLM; kind {kind} without a base is a sequence classifier", folders.base)
+    config = folders.classifier / "config.json"
+    whole = config.read_text()
+    for pad in (None, 1):
+        edit_json(config, pad_token_id=pad)
+        refused(f"the tokenizer pads with id 2, config.json says pad_token_id {pad}", folders.classifier)
+    config.write_text(whole)
+    tokenizer = folders.classifier / "tokenizer_config.json"
+    text = tokenizer.read_text()
+    edit_json(tokenizer, pad_token=None)
+    refused("the tokenizer pads with id None, config.json says pad_token_id 2", folders.classifier)
+    tokenizer.write_text(text)
+    save_other_head(folders.other_base)
+    refused(f"has no score.weight: the {kind} head was not saved, or has another name", folders.other_base)
+    weights = folders.classifier / "model.safetensors"
+    edit_tensors(weights, lambda tensors: tensors.update({"score.weight": tensors["score.weight"].repeat(2, 1)}))
+    refused(r"score.weight has shape \(2, 32\); expected one row", folders.classifier)
+    edit_tensors(weights, lambda tensors: tensors.pop("score.weight"))
+    refused(f"has no score.weight: the {kind} head", folders.classifier)
+    assert contents(filled) == before
+
+
 def test_a_bad_name_or_a_stranger_for_parent_is_refused(filled: Registry, folders: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad name"):
         filled.publish(folders.base, name="base", kind="base")

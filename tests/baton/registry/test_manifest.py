@@ -55,6 +55,8 @@ def test_safe_paths() -> None:
         ({"metrics": []}, "field 'metrics' has type list"),
         ({"kind": "policy"}, "unknown kind 'policy'"),
         ({"kind": "adapter"}, "kind adapter with base None"),
+        ({"base": "sha256:" + "0" * 64}, "kind base with base sha256:0"),
+        ({"kind": "merged", "base": "sha256:" + "0" * 64}, "kind merged with base sha256:0"),
         ({"parents": {"sft": "sha256:12"}}, "bad digest"),
         ({"files": [{"path": "../x", "sha256": "0" * 64, "size": 1}]}, "unsafe file path"),
         ({"files": [{"path": "x", "sha256": "0", "size": 1}]}, "bad sha256"),
@@ -68,6 +70,13 @@ def test_strict_reading(filled: Registry, change: dict[str, Any], message: str) 
     data = canonical(manifest)
     with pytest.raises(UserError, match=message):
         parse(data, digest_of(data), "here")
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+@pytest.mark.parametrize("base", [None, "sha256:" + "0" * 64])
+def test_a_scorer_may_have_a_base_or_none(filled: Registry, kind: str, base: str | None) -> None:
+    data = canonical(filled.resolve("team/base:1").manifest | {"kind": kind, "base": base})
+    assert parse(data, digest_of(data), "here")["base"] == base
 
 
 def test_a_missing_field_another_spelling_and_no_json(filled: Registry) -> None:

@@ -277,3 +277,53 @@ def test_a_merge_that_changes_nothing_or_has_nothing_to_merge_is_refused(
     with pytest.raises(UserError, match="unchanged: it was not trained"):
         filled.merge(untrained(base, filled, folders), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", ["reward", "value"])
+def test_a_whole_classifier_travels_by_itself(
+    filled: Registry, folders: Any, tmp_path: Path, load_plainly: Any, kind: str
+) -> None:
+    """Published, listed, verified deeply, loaded without Baton, and never merged: there is no base under it."""
+    parent = filled.resolve("team/reward:1")
+    version = filled.publish(folders.classifier, name="team/whole", kind=kind, parents={"init": parent})
+    manifest = version.manifest
+    assert version.base is None and manifest["probe"]["output"] == "score" and manifest["dtype"] == "float32"
+    assert manifest["architecture"]["class"] == "LlamaForSequenceClassification"
+    assert filled.publish(folders.classifier, name="team/whole", kind=kind, parents={"init": parent}) == version
+    assert filled.verify_all(deep=True) == []
+    folder = filled.materialise(version, tmp_path / "got", replay_probe=True)
+    assert {path.name for path in folder.iterdir()} == {entry["path"] for entry in manifest["files"]}
+    found = load_plainly({"whole": {"kind": "classifier", "folder": str(folder), "probe": manifest["probe"]}})
+    assert found["whole"]["difference"] < 1e-4 and found["whole"]["rendered"] == "user: hi\n"
+    with pytest.raises(UserError, match=f"is of kind {kind}: nothing to merge"):
+        filled.merge(version, tmp_path / "merged")
+    with pytest.raises(UserError, match=f"is of kind {kind}; an adapter's base is of kind"):
+        filled.publish(folders.reward, name="team/new", kind="reward", base=version)
+
+
+def test_the_probe_of_a_whole_classifier_sees_its_head(filled: Registry, folders: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    version = filled.publish(folders.classifier, name="team/whole", kind="reward")
+    folder = filled.materialise(version, tmp_path / "got")
+    replay(folder, None, version.manifest)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    head = tensors.pop("score.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ProbeMismatch, match="has lost its score.weight"):
+        replay(folder, None, version.manifest)
+    save_file(tensors | {"score.weight": -head}, weights, metadata={"format": "pt"})
+    with pytest.raises(ProbeMismatch, match="by up to"):
+        replay(folder, None, version.manifest)
+    with pytest.raises(ProbeMismatch):
+        replay(filled.materialise(filled.resolve("team/base:1")), None, version.manifest)
+
+
+def test_a_merged_reward_model_may_be_published_as_one(filled: Registry, tmp_path: Path) -> None:
+    reward = filled.resolve("team/reward:1")
+    folder = filled.merge(reward, tmp_path / "merged")
+    version = filled.publish(folder, name="team/reward", kind="reward", parents={"adapter": reward})
+    assert version.number == 2 and version.base is None and filled.verify(version, deep=True) == []
+    tokenizer = ("tokenizer_digest", "chat_template_digest")
+    assert all(version.manifest[key] == reward.manifest[key] for key in tokenizer)

@@ -1,0 +1,198 @@
+"""Episodes scored: old log-probabilities by the training forward, reference, values, rewards by component, the KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from baton.build import reward_role, shares_base
+from baton.errors import UserError
+from baton.recipe import PPORecipe
+from baton.run import Run
+from reward.sources import Sample, Source, checked, open_source
+from stages.engines.agreement import check_engine, importance_weights
+from stages.micro_batch import MicroBatch, group_by_length, make_micro_batch
+from stages.roles import REFERENCE, Roles
+from stages.rollout import Episode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from stages.prompts import PromptRow
+
+GOLD = "gold"
+
+
+@dataclass
+class Scored:
+    """A micro-batch of episodes with everything that the update needs; tensors (B, T) unless said otherwise."""
+
+    batch: MicroBatch
+    old_logprobs: torch.Tensor
+    entropies: torch.Tensor
+    reference: torch.Tensor  # log-probabilities under the reference
+    old_values: torch.Tensor  # (B, S)
+    rewards: dict[str, torch.Tensor]  # (B,) by component, before weights
+    total: torch.Tensor  # (B,), their weighted sum
+    gap: torch.Tensor  # |log p| of the trainer less the engine's; zero where the engine gives none
+    weights: torch.Tensor | None = None  # importance weights, for an engine with other numerics
+    scores: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,): what is optimised
+    advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B, S)
+    returns: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B, S)
+
+    @property
+    def kl(self) -> torch.Tensor:
+        """log pi - log pi_ref of the sampled tokens (B, T)."""
+        return self.old_logprobs - self.reference
+
+
+def reward_versions(run: Run[PPORecipe]) -> dict[str, Any]:
+    """label -> registry version of every `model:` reward, gold included."""
+    recipe = run.recipe
+    found = {s.label: run.inputs.versions[reward_role(recipe, s)] for s in recipe.rewards if s.model}
+    if recipe.gold is not None and recipe.gold.model:
+        found[GOLD] = run.inputs.versions[reward_role(recipe, recipe.gold)]
+    return found
+
+
+class Scorer:
+    """All rewards of a run: those on the policy's base by its roles, the others by themselves."""
+
+    def __init__(self, run: Run[PPORecipe], roles: Roles, tokenizer: PreTrainedTokenizerBase, spread: Any) -> None:
+        recipe = run.recipe
+        self.recipe, self.roles, self.tokenizer, self.spread = recipe, roles, tokenizer, spread
+        self.device = run.state.device
+        self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.weights = {source.label: source.weight for source in recipe.rewards}
+        self.aboard: list[str] = []  # labels that the roles score
+        self.sources: dict[str, Source] = {}  # label -> what scores the others
+        versions, sft = reward_versions(run), run.inputs.versions["sft"]
+        wanted = {source.label: source for source in recipe.rewards}
+        wanted |= {GOLD: recipe.gold} if recipe.gold is not None else {}
+        if GOLD in self.weights:
+            raise UserError(f"{recipe.path}: a reward is called {GOLD}, which is kept for the reward that is not optimised")
+        for label, setting in wanted.items():
+            version = versions.get(label)
+            if version is not None and shares_base(sft, version):
+                self.aboard.append(label)
+                continue
+            self.sources[label] = open_source(
+                setting,
+                registry=run.registry,
+                version=version,
+                folder=recipe.folder,
+                device=self.device,
+                dtype=run.dtype,
+                max_tokens=recipe.train.tokens_per_micro_batch,
+            )
+            if version is not None:
+                run.say(f"{version.ref} has a base or tokenizer of its own: it reads replies as text, by its own template")
+
+    def groups(self, episodes: Sequence[Episode]) -> list[MicroBatch]:
+        """Micro-batches under the token budget, as many on every rank."""
+        lengths = [len(episode.prompt) + len(episode.reply.ids) for episode in episodes]
+        budget = self.recipe.train.tokens_per_micro_batch
+        groups = group_by_length(lengths, budget)
+        count = self.spread.maximum(len(groups))
+        if len(groups) < count:
+            groups = group_by_length(lengths, budget, count)
+        after = self.recipe.ppo.score_after_eos
+        batches = [
+            make_micro_batch(episodes, group, self.pad_id, score_after_eos=after).to(self.device) for group in groups
+        ]
+        return batches + [batches[-1].blank() for _ in range(count - len(batches))]
+
+    def judge(
+        self, episodes: Sequence[Episode], rows: Sequence[PromptRow], labels: Sequence[str]
+    ) -> dict[str, list[float]]:
+        """Rewards of the sources that are not aboard, by label; `rows` are the episodes' prompts."""
+        foreign = [label for label in labels if label in self.sources]
+        if not foreign:
+            return {}
+        samples = [
+            Sample(
+                prompt=row.messages,
+                prompt_ids=episode.prompt,
+                response_ids=episode.reply.ids,
+                response=str(self.tokenizer.decode(episode.reply.ids, skip_special_tokens=True)),
+                columns=row.columns,
+            )
+            for episode, row in zip(episodes, rows, strict=True)
+        ]
+        return {label: checked(self.sources[label], samples) for label in foreign}
+
+    @torch.no_grad()
+    def rewards_of(
+        self, batch: MicroBatch, judged: dict[str, list[float]], labels: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """label -> (B,) of one micro-batch; raises FloatingPointError with the row where a model's is not finite."""
+        found = {}
+        for label in labels:
+            if label in self.aboard:
+                scores = self.roles.scores(label, batch)
+                if not torch.isfinite(scores).all():
+                    at = int((~torch.isfinite(scores)).nonzero()[0])
+                    text = self.tokenizer.decode(batch.input_ids[at, : int(batch.last[at]) + 1].tolist())
+                    raise FloatingPointError(f"the reward {label} of {text!r} is {float(scores[at])}")
+                found[label] = scores if batch.members else scores.new_zeros(len(scores))
+            else:
+                rows = [judged[label][at] for at in batch.members] or [0.0] * len(batch.last)
+                found[label] = torch.tensor(rows, device=batch.last.device, dtype=torch.float32)
+        return found
+
+    @torch.no_grad()
+    def score(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Scored]:
+        """One minibatch's episodes of this rank, scored."""
+        labels = list(self.weights)
+        judged = self.judge(episodes, rows, labels)
+        found = []
+        for batch in self.groups(episodes):
+            old = self.roles(batch)
+            reference = self.roles.logprobs(REFERENCE, batch).logprobs
+            rewards = self.rewards_of(batch, judged, labels)
+            total = sum((self.weights[label] * rewards[label] for label in labels), torch.zeros(()))
+            engine = engine_logprobs(episodes, batch, old.logprobs)
+            scored = Scored(
+                batch=batch,
+                old_logprobs=old.logprobs,
+                entropies=old.entropies,
+                reference=reference,
+                old_values=old.values,
+                rewards=rewards,
+                total=total.to(old.logprobs),
+                gap=(engine - old.logprobs).abs(),
+            )
+            if self.recipe.rollout.importance_cap is not None:
+                scored.weights = importance_weights(old.logprobs, engine, self.recipe.rollout.importance_cap)
+            self.check_agreement(engine, scored)
+            found.append(scored)
+        return found
+
+    def check_agreement(self, engine: torch.Tensor, scored: Scored) -> None:
+        """Stop where the engine samples from another policy than the one that is trained."""
+        chosen = scored.batch.is_response
+        if chosen.any() and float(scored.gap[chosen].mean()) > self.recipe.rollout.drift_nats:
+            pairs = [(engine[at][mask], scored.old_logprobs[at][mask]) for at, mask in enumerate(chosen)]
+            limit = self.recipe.rollout.drift_nats
+            check_engine([ours.tolist() for ours, _ in pairs], [theirs.tolist() for _, theirs in pairs], limit)
+
+
+def engine_logprobs(episodes: Sequence[Episode], batch: MicroBatch, trainer: torch.Tensor) -> torch.Tensor:
+    """The engine's log-probabilities (B, T) of its own tokens; the trainer's where the engine gives none."""
+    found = trainer.clone()
+    for at, member in enumerate(batch.members):
+        given = episodes[member].reply.logprobs
+        if given:
+            found[at, : len(given)] = torch.tensor(given).to(found)
+    return found
+
+
+def policy_and_reference(roles: Roles, role: str, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (B, T) of a micro-batch under `role` and under the reference."""
+    with torch.no_grad():
+        ours = roles.logprobs(role, batch).logprobs
+        return ours, ours if role == REFERENCE else roles.logprobs(REFERENCE, batch).logprobs
+
