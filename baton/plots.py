@@ -221,6 +221,7 @@ PANELS = [
         {"grad_norm": "all", "grad_norm/policy": "policy", "grad_norm/value": "value"},
     ),
     Panel("Engine against trainer", "nats per token", {"engine_gap_nats": "gap"}),
+    Panel("Memory", "GB a process", {"memory/peak_gb": "peak so far"}),
     Panel("Episodes per second", "episodes/s", {"episodes_per_s": "whole step"}),
     Shares(
         "Where the time goes",
@@ -266,7 +267,10 @@ def plot_run(stage: str, run_dir: Path) -> list[Path]:
 
 
 def read_metrics(path: Path) -> Series:
-    """Every finite number of a metrics.jsonl by name; of two values for one step, the later written counts."""
+    """Every finite number of a metrics.jsonl by name; of two values for one step, the later written counts.
+
+    A row {"step": …, "alarm": name} becomes the metric alarm/name, 1 at its step.
+    """
     found: dict[str, dict[int, float]] = {}
     if not path.is_file():
         return {}
@@ -278,6 +282,8 @@ def read_metrics(path: Path) -> Series:
         step = row.get("step") if isinstance(row, dict) else None
         if not isinstance(step, int):
             continue
+        if isinstance(row.get("alarm"), str):
+            row = {f"alarm/{row['alarm']}": 1.0}
         for key, value in row.items():
             if key not in ("step", "time_s") and _is_finite(value):
                 found.setdefault(key, {})[step] = float(value)

@@ -1,4 +1,4 @@
-"""Ending early in good order: a signal asks for it, the ranks agree on the step, the loop saves, `program` tells why."""
+"""Ending early in good order: on a signal the ranks agree on a step, the loop saves it, `program` tells why."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def shape_scores(
     if settings.clip_reward is not None:
         scores = scores.clamp(-settings.clip_reward, settings.clip_reward)
     if settings.overlong_tokens is not None:
-        over = (lengths - (max_new_tokens - settings.overlong_tokens)).clamp(min=0) / settings.overlong_tokens
+        over = (lengths - (max_new_tokens - settings.overlong_tokens)).clamp(min=0).to(scores.dtype)
+        over = over / settings.overlong_tokens
         scores = scores - settings.overlong_penalty * over.clamp(max=1.0)
     if settings.missing_eos == "replace":
         return torch.where(ended, scores, -settings.missing_eos_penalty)

@@ -21,7 +21,11 @@ FLOAT, HALF = 4, 2
 """Bytes of float32, and of bfloat16."""
 LOGITS_COPIES = 3
 """Of a chunk of logits in float32: the logits, their exponentials or gradient, and one on the way between."""
-LIBRARIES_BYTES = 700_000_000
+GAPS_ON_CPU, GAPS_ON_GPU = 0.7, 0.1
+"""What the allocator wastes, as a share of the activations. glibc's heap seldom puts a tensor where a freed one was:
+of a small Llama's update it held 1.3 (bfloat16) to 1.7 (float32) times what was alive; with every large tensor mapped
+by itself (MALLOC_MMAP_THRESHOLD_=262144) 1.0 times, at about a third more time for page faults."""
+LIBRARIES_BYTES = 600_000_000
 """Resident in any process that has imported torch and transformers; on a GPU the context, about as much."""
 
 
@@ -121,39 +125,39 @@ class Shape:
             int(config.vocab_size),
         )
 
-    def layer_bytes_per_token(self, longest: int, rank: int | None, half: bool) -> float:
+    def layer_bytes_per_token(self, longest: int, rank: int | None, half: bool, eager: bool) -> float:
         """What autograd keeps of one layer for one token, in bytes; `rank` is LoRA's, None if every weight is trained.
 
-        In numbers, with H hidden, I intermediate, Q = heads × head_dim, K = kv_heads × head_dim (with padding the keys
-        and values are repeated, so K = Q), r LoRA's rank, L the longest row. Float32, adapters on all linear layers of
-        a frozen base, attention by PyTorch's fused kernel:
+        In numbers, with H hidden, I intermediate, Q = heads × head_dim, K = kv_heads × head_dim, r LoRA's rank, L the
+        longest row; a frozen base with adapters on all linear layers:
 
-        =========================  =======  ===================================================================
-        RMSNorm, twice             2H + 2   its input, and the inverse root mean square
-        inputs of the adapters     2H       q, k and v share the first norm's output; gate and up the second's
-        attention                  2Q + 2K  query, key, value, output; the output is also o's adapter's input
-                                   heads    the log of each softmax's sum
-                                   L        the mask, which the kernel turns into numbers; without padding none
-        MLP                        4I       gate before and after SiLU, up, and their product: down's adapter's input
-        LoRA                       7r       each A's output
-        =========================  =======  ===================================================================
+        ======================  =======  ======================================================================
+        RMSNorm, twice          2H + 2   its input and the inverse root mean square, float32 always
+        inputs of the adapters  2H       q, k and v share the first norm's output; gate and up the second's
+        attention, fused        2Q + 2K  query, key, value, and the output: o's adapter's input
+                                heads    the log of each softmax's sum, float32 always
+        attention, eager        4Q       the same, with keys and values repeated for every head
+                                heads L  the softmax, float32 always, and in bfloat16 once more
+        MLP                     4I       gate before and after SiLU, up, and their product: down's adapter's input
+        adapters                7r       what lies between their two factors
+        ======================  =======  ======================================================================
 
-        A frozen linear layer keeps no input, rotary embeddings and residual sums keep nothing. If every weight is
-        trained, the norms keep their normalised input too (2H), and 7r is gone: the linear layers' inputs are those of
-        the adapters above.
+        A frozen linear layer keeps no input; rotary embeddings and residual sums keep nothing. The model computes in
+        bfloat16 (`half`) or in float32.
 
-        In bfloat16 by autocast the norms keep float32; PEFT widens every adapter's input to float32 and autocast
-        narrows it again, so q, k, v, o, gate and up each keep a copy: 5H + Q in place of 2H. The rest halves.
+        If every weight is trained, in float32 under autocast if `half`, the norms keep their normalised input too (2H)
+        and there is no 7r; the linear layers' inputs are the adapters' above, but autocast narrows those of q, k, v,
+        gate and up one by one: 5H in place of 2H.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query = self.heads * self.head_dim
-        full = rank is None
-        norms = (4 if full else 2) * hidden + 2
-        shared = 4 * query + longest + 4 * inner + 7 * (rank or 0)
-        if not half:
-            return FLOAT * (norms + 2 * hidden + shared + self.heads)
-        copies = 5 * hidden + (0 if full else query)
-        return FLOAT * (norms + self.heads) + HALF * (copies + shared)
+        full, width = rank is None, HALF if half else FLOAT
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        wide = (4 if full else 2) * self.hidden_size + 2
+        inputs = (5 if full and half else 2) * self.hidden_size
+        other = inputs + 4 * self.intermediate_size + 7 * (rank or 0)
+        if eager:
+            softmax = self.heads * longest
+            return FLOAT * (wide + softmax) + width * (other + 4 * query) + (HALF * softmax if half else 0)
+        return FLOAT * (wide + self.heads) + width * (other + 2 * query + 2 * key)
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ def estimate_memory(
     logits_rows: int,
     rollout_rows: int,
     prefill_tokens: int,
+    on_cpu: bool,
     shards: int = 1,
     available: int | None = None,
 ) -> MemoryEstimate:
@@ -232,14 +237,18 @@ def estimate_memory(
 
     `graphs`: forwards whose activations live together, 2 where policy and critic run apart before one backward.
     `rank`: LoRA's, None if every weight is trained. `micro_batch_tokens`: real tokens; rows are grouped by length, so
-    padding adds little. `logits_rows`: positions whose logits exist at a time. `prefill_tokens`: prompt tokens that go
-    through the model at a time in the rollout. `shards`: processes that share weights and moments (FSDP, ZeRO-3).
+    padding adds little. `logits_rows`: positions whose logits exist at a time. `prefill_tokens`: prompt tokens that
+    are read at a time in the rollout. `on_cpu`: whose allocator leaves its gaps. `shards`: processes that share weights
+    and moments (FSDP, ZeRO-3).
     """
+    from stages.roles import EAGER_BELOW
+
     width = HALF if half else FLOAT
     trained = sum(part.trained for part in weights)
     tokens = max(micro_batch_tokens, longest_tokens)
-    layer = tokens * shape.layer_bytes_per_token(longest_tokens, rank, half)
-    # autocast keeps a bfloat16 copy of every trained weight for the backward; the layer in work holds its gradients too
+    eager = on_cpu and longest_tokens < EAGER_BELOW
+    layer = tokens * shape.layer_bytes_per_token(longest_tokens, rank, half, eager)
+    # the backward has a bfloat16 copy of every trained weight; the layer in work holds its gradients too
     activations = graphs * shape.layers * layer + layer + (HALF * trained if half else 0)
     keys_values = rollout_rows * longest_tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * width
     # without gradients a layer's tensors go when the next begins; the widest moment is in the MLP
@@ -257,6 +266,7 @@ def estimate_memory(
         update=(
             ("gradients", FLOAT * trained // shards),
             (f"activations of a micro-batch of {tokens:,} tokens", int(activations)),
+            ("gaps that the allocator leaves", int(activations * (GAPS_ON_CPU if on_cpu else GAPS_ON_GPU))),
             (f"logits, {logits_rows:,} positions at a time", logits_rows * logits),
         ),
         rollout=(
@@ -276,6 +286,7 @@ def available_bytes(device: torch.device, processes: int) -> int | None:
     if device.type == "cuda":
         import torch
 
+        # the context is no longer free, but part of the estimate
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) + LIBRARIES_BYTES
     if device.type != "cpu":
@@ -289,6 +300,18 @@ def available_bytes(device: torch.device, processes: int) -> int | None:
         text = path.read_text().strip() if path.is_file() else ""
         limits += [int(text) // processes] if text.isdigit() else []
     return min(limits)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: resident on a CPU, the allocator's on a GPU."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _sum(parts: Sequence[tuple[str, int]]) -> int:

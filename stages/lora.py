@@ -1,12 +1,22 @@
-"""A frozen linear layer that several roles share, each with a low-rank addition of its own (Hu et al. 2021)."""
+"""Frozen linear layers that several roles share, each with a low-rank addition of its own (Hu et al. 2021).
+
+Layers that read the same input (query, key and value; gate and up) can be joined: their weights lie in one matrix, and a
+role's additions in one pair of factors, so that a family costs one product where it had three.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from baton.thin_linear import linear
+
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one parent that are given the same input, by the names that decoders use."""
 
 
 class Acting:
@@ -22,15 +32,92 @@ class Addition(nn.Module):
     def __init__(self, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
         super().__init__()
         self.down, self.up, self.scale = nn.Parameter(down), nn.Parameter(up), scale
-        self._cast: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(down, up) in the number format of the input."""
-        return self._cast or (self.down.to(dtype), self.up.to(dtype))
 
-    def hold_cast(self, dtype: torch.dtype | None) -> None:
-        """Keep the factors in `dtype` until called with None: decoding asks for them at every token."""
-        self._cast = None if dtype is None else (self.down.detach().to(dtype), self.up.detach().to(dtype))
+class Held(NamedTuple):
+    """A role's weights for decoding, which asks for them at every token."""
+
+    down: torch.Tensor  # (R, in)
+    widened: torch.Tensor  # (out, in + R): the base's weight, and the additions' up factors
+
+
+class Family:
+    """One or more shared layers with the same input, computed together."""
+
+    def __init__(self, members: Sequence[SharedLinear]) -> None:
+        self.members = list(members)
+        self.held: dict[str, Held] = {}
+        self._given: torch.Tensor | None = None
+        self._ready: dict[int, torch.Tensor] = {}
+        if len(self.members) > 1:
+            self._join()
+
+    def _join(self) -> None:
+        """Lay the members' weights (and biases) into one matrix; each keeps its rows of it."""
+        weights = [member.base.weight for member in self.members]
+        joined = torch.cat([weight.detach() for weight in weights])
+        for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
+            weight.data = rows  # type: ignore[union-attr]
+        self._weight: torch.Tensor | None = joined
+        biases = [member.base.bias for member in self.members]
+        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])  # type: ignore[union-attr]
+
+    def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight (out, in), bias (out,) or None) of all members."""
+        if len(self.members) > 1:
+            assert self._weight is not None
+            return self._weight, self._bias
+        member = self.members[0]
+        weight: Any = member.base.weight
+        return (weight.T if member.transposed else weight), member.base.bias  # type: ignore[return-value]
+
+    def output(self, member: SharedLinear, x: torch.Tensor, role: str | None) -> torch.Tensor:
+        """What `member` makes of `x`; its relatives' outputs are kept until they are asked for with the same `x`."""
+        if len(self.members) == 1:
+            return self._compute(x, role)
+        if x is not self._given or id(member) not in self._ready:
+            parts = self._compute(x, role).split([len(m.base.weight) for m in self.members], dim=-1)  # type: ignore[arg-type]
+            self._given = x
+            self._ready = {id(relative): part for relative, part in zip(self.members, parts, strict=True)}
+        found = self._ready.pop(id(member))
+        if not self._ready:
+            self._given = None
+        return found
+
+    def forget(self) -> None:
+        """Drop outputs that nobody asked for: another role is about to be given the same input."""
+        self._given, self._ready = None, {}
+
+    def _compute(self, x: torch.Tensor, role: str | None) -> torch.Tensor:
+        weight, bias = self.base()
+        additions = [(at, m.additions[role]) for at, m in enumerate(self.members) if role in m.additions]
+        if not additions:
+            return functional.linear(x, weight, bias)
+        if role in self.held and not torch.is_grad_enabled():
+            held = self.held[role]
+            return linear(torch.cat([x, linear(x, held.down)], dim=-1), held.widened, bias)
+        flat: list[Any] = [tensor for _, addition in additions for tensor in (addition.down, addition.up)]
+        sizes = [len(m.base.weight.T) if m.transposed else len(m.base.weight) for m in self.members]  # type: ignore[union-attr, arg-type]
+        starts = [sum(sizes[:at]) for at, _ in additions]
+        scales = [float(addition.scale) for _, addition in additions]  # type: ignore[arg-type]
+        return _Shared.apply(x, weight, bias, starts, scales, *flat)  # type: ignore[no-any-return,no-untyped-call]
+
+    def hold(self, role: str) -> None:
+        """Keep the role's weights as decoding wants them, until `release`."""
+        additions = [(at, m.additions[role]) for at, m in enumerate(self.members) if role in m.additions]
+        if not additions:
+            return
+        weight, _ = self.base()
+        sizes = [len(m.base.weight.T) if m.transposed else len(m.base.weight) for m in self.members]  # type: ignore[union-attr, arg-type]
+        factors: list[Any] = [tensor.detach() for _, addition in additions for tensor in (addition.down, addition.up)]  # type: ignore[operator]
+        starts = [sum(sizes[:at]) for at, _ in additions]
+        scales = [float(addition.scale) for _, addition in additions]  # type: ignore[arg-type]
+        down, up = _joined_factors(factors, starts, scales, len(weight), weight.dtype)
+        self.held[role] = Held(down, torch.cat([weight, up], dim=1))
+
+    def release(self, role: str) -> None:
+        """Forget what `hold` kept."""
+        self.held.pop(role, None)
 
 
 class SharedLinear(nn.Module):
@@ -42,39 +129,59 @@ class SharedLinear(nn.Module):
     def __init__(self, base: nn.Module, acting: Acting) -> None:
         super().__init__()
         self.base, self.additions, self._acting = base, nn.ModuleDict(), acting
-        self._transposed = not isinstance(base, nn.Linear)
+        self.transposed = not isinstance(base, nn.Linear)
+        self.family = Family([self])
 
     def add(self, role: str, addition: Addition) -> None:
         """Give `role` an addition. Its factors must have the layer's shape."""
         weight: Any = self.base.weight
-        out, size = weight.shape[::-1] if self._transposed else weight.shape
+        out, size = weight.shape[::-1] if self.transposed else weight.shape
         assert (addition.up.shape[0], addition.down.shape[1]) == (out, size), (role, addition.up.shape, out, size)
         self.additions[role] = addition
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        role = self._acting.role
-        if role is None or role not in self.additions:
-            return self.base(x)
-        addition: Any = self.additions[role]
-        weight: Any = self.base.weight
-        down, up = addition.factors(x.dtype)
-        weight = weight.T if self._transposed else weight
-        if not torch.is_grad_enabled():
-            return _shared_forward(x, weight, self.base.bias, down, up, addition.scale)[0]  # type: ignore[arg-type]
-        return _Shared.apply(x, weight, self.base.bias, down, up, addition.scale)  # type: ignore[no-any-return,no-untyped-call]
+        return self.family.output(self, x, self._acting.role)
 
 
-def _shared_forward(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    flat = x.reshape(-1, x.shape[-1])
-    inner = flat @ down.T
-    out = functional.linear(flat, weight, bias).addmm_(inner, up.T, alpha=scale)
-    return out.view(*x.shape[:-1], out.shape[-1]), flat, inner
+def families(model: nn.Module) -> list[Family]:
+    """The families of all shared layers of a model, each once."""
+    found = {id(m.family): m.family for m in model.modules() if isinstance(m, SharedLinear)}
+    return list(found.values())
+
+
+def join_families(model: nn.Module) -> None:
+    """Join the layers of FAMILIES where all of them are shared; after the model has its device and number format.
+
+    Not for sharded weights: those of one matrix cannot be shared out one by one.
+    """
+    for parent in model.modules():
+        for names in FAMILIES:
+            members = [getattr(parent, name, None) for name in names]
+            if all(isinstance(m, SharedLinear) and isinstance(m.base, nn.Linear) for m in members):
+                layers: list[Any] = members
+                if len({layer.base.bias is None for layer in layers}) == 1:
+                    family = Family(layers)
+                    for layer in layers:
+                        layer.family = family
+
+
+def _joined_factors(
+    flat: Sequence[torch.Tensor], starts: Sequence[int], scales: Sequence[float], out: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down (R, in), up (out, R)) of several additions: `up` is block-diagonal and holds the scales."""
+    downs, ups = flat[::2], flat[1::2]
+    if len(downs) == 1 and len(ups[0]) == out:
+        return downs[0].to(dtype), (ups[0] * scales[0]).to(dtype)
+    joined = torch.zeros(out, sum(len(down) for down in downs), dtype=dtype, device=ups[0].device)
+    column = 0
+    for up, start, scale in zip(ups, starts, scales, strict=True):
+        joined[start : start + len(up), column : column + up.shape[1]] = up * scale
+        column += up.shape[1]
+    return torch.cat(list(downs)).to(dtype), joined
 
 
 class _Shared(torch.autograd.Function):
-    """The same with gradients for x, `down` and `up` alone: the frozen weight costs one product each way.
+    """x W^T + b + x down^T up^T with gradients for x and the factors: the frozen weight costs one product each way.
 
     Autograd of the plain formula would keep the base's output and the addition's output beside the sum, and make
     three passes over the output where `addmm` makes one.
@@ -86,24 +193,36 @@ class _Shared(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        down: torch.Tensor,
-        up: torch.Tensor,
-        scale: float,
+        starts: list[int],
+        scales: list[float],
+        *factors: torch.Tensor,
     ) -> torch.Tensor:
         assert not weight.requires_grad, "a shared weight is frozen"
-        out, flat, inner = _shared_forward(x, weight, bias, down, up, scale)
+        flat = x.reshape(-1, x.shape[-1])
+        down, up = _joined_factors(factors, starts, scales, len(weight), x.dtype)
+        inner = flat @ down.T
+        out = functional.linear(flat, weight, bias).addmm_(inner, up.T)
         ctx.save_for_backward(flat, inner, weight, down, up)
-        ctx.scale, ctx.shape = scale, x.shape
-        return out
+        ctx.shape, ctx.starts, ctx.scales = x.shape, starts, scales
+        ctx.sizes = [(len(factors[at]), len(factors[at + 1]), factors[at].dtype) for at in range(0, len(factors), 2)]
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         flat, inner, weight, down, up = ctx.saved_tensors
         given = given.reshape(-1, given.shape[-1])
-        to_inner = (given @ up).mul_(ctx.scale)
+        to_inner = given @ up
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (given @ weight).addmm_(to_inner, down).view(ctx.shape)
-        to_down = to_inner.T @ flat if ctx.needs_input_grad[3] else None
-        to_up = (given.T @ inner).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        return to_x, None, None, to_down, to_up, None
+        to_factors: list[torch.Tensor | None] = []
+        if any(ctx.needs_input_grad[5:]):
+            to_down, to_up = to_inner.T @ flat, given.T @ inner
+            row = 0
+            for (rank, out, dtype), start, scale in zip(ctx.sizes, ctx.starts, ctx.scales, strict=True):
+                to_factors.append(to_down[row : row + rank].to(dtype))
+                to_factors.append(to_up[start : start + out, row : row + rank].to(dtype) * scale)
+                row += rank
+        else:
+            to_factors = [None] * (2 * len(ctx.sizes))
+        return to_x, None, None, None, None, *to_factors

@@ -15,7 +15,7 @@ from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
 from baton.recipe import Lora
 from stages.adapters import attach, attach_new, save_adapter
 from stages.logprobs import TokenLogprobs, token_logprobs
-from stages.lora import Acting, Addition, SharedLinear
+from stages.lora import Acting, Addition, SharedLinear, families, join_families
 from stages.micro_batch import MicroBatch
 
 POLICY, REFERENCE, VALUE = "policy", "reference", "value"
@@ -144,18 +144,29 @@ class Roles(nn.Module):
         is_half = self.compute_dtype is torch.bfloat16
         return torch.autocast(self.value_head.weight.device.type, dtype=torch.bfloat16, enabled=is_half)
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.value_head.weight.device.type == "cpu"
+
+    def join(self) -> None:
+        """Join layers that read the same input; once the model has its device and number format."""
+        join_families(self.shared)
+
     @contextmanager
     def sampling(self, role: str) -> Iterator[Any]:
-        """`acting_as` for many small forward passes: the adapter's factors are converted once."""
-        additions = self.additions(role)
-        for addition in additions:
-            addition.hold_cast(self.shared.dtype)
+        """`acting_as` for many small forward passes.
+
+        On a CPU the adapter is laid beside the base's weights, a copy of them, so that each layer is one product.
+        """
+        held = families(self.shared) if self._on_cpu else []
+        for family in held:
+            family.hold(role)
         try:
             with self.acting_as(role) as model:
                 yield model
         finally:
-            for addition in additions:
-                addition.hold_cast(None)
+            for family in held:
+                family.release(role)
 
     def forward(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> Forward:
         """Policy and critic of one micro-batch; with `critic: shared` from one pass."""

@@ -126,7 +126,8 @@ def inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> Choice:
     """
     count, size = logits.shape
     blocks = -(-size // BLOCK)
-    weights = logits.new_zeros(count, blocks * BLOCK)
+    weights = logits.new_empty(count, blocks * BLOCK)
+    weights[:, size:] = 0
     highest = logits.amax(-1, keepdim=True)
     torch.sub(logits, highest, out=weights[:, :size]).exp_()
     weights = weights.view(count, blocks, BLOCK)

@@ -186,7 +186,7 @@ def engine_logprobs(episodes: Sequence[Episode], batch: MicroBatch, trainer: tor
     for at, member in enumerate(batch.members):
         given = episodes[member].reply.logprobs
         if given:
-            found[at, : len(given)] = torch.tensor(given).to(found)
+            found[at, : len(given)] = torch.tensor(given, dtype=found.dtype, device=found.device)
     return found
 
 

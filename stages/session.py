@@ -16,7 +16,7 @@ from baton.run import Run
 from stages.advantages import RunningScale
 from stages.alarms import Alarms
 from stages.engines import Engine, open_engine
-from stages.estimate import BatchPlan, Shape, Weights, available_bytes, estimate_memory
+from stages.estimate import BatchPlan, Shape, Weights, available_bytes, estimate_memory, peak_bytes
 from stages.evaluation import Best, Judged, sample_table, trim_samples, write_samples
 from stages.held_out import HeldOut
 from stages.kl import KLCoefficient
@@ -126,6 +126,8 @@ class Session:
         roles = Roles(cast, run.dtype, recipe.rollout.temperature, recipe.train.seed).to(accelerator.device)
         check_head(roles, prompts.train[0].ids)
         spread = Spread(accelerator)
+        if not spread.sharded:
+            roles.join()
         spread.prepare(roles)
         scorer = Scorer(run, roles, tokenizer, spread)
         engine = open_engine(
@@ -173,6 +175,7 @@ class Session:
             rollout_rows=min(rollout.rows, train.episodes_per_batch // self.spread.world),
             prefill_tokens=min(rollout.rows, train.episodes_per_batch) * rollout.max_prompt_tokens,
             shards=self.spread.world if self.spread.sharded else 1,
+            on_cpu=self.spread.device.type == "cpu",
             available=available_bytes(self.spread.device, self.spread.world),
         )
         lines += [estimate.text(), *([estimate.warning] if estimate.warning else [])]
@@ -194,6 +197,7 @@ class Session:
         total = sum(seconds.values())
         times = {f"time/{name}_s": round(value, 3) for name, value in seconds.items()}
         times["episodes_per_s"] = round(train.episodes_per_batch / total, 4)
+        times["memory/peak_gb"] = round(peak_bytes(self.spread.device) / 1e9, 3)
         self.run.log(state.step, figures | times)
         self._track(figures | times)
         self._sound(figures)

@@ -59,6 +59,12 @@ class ContinuousBatching:
                     f"rollout.engine: transformers needs a model with generate_batch; {type(model).__name__} has none: "
                     "use rollout.engine: built-in"
                 )
+            kind = model.device.type
+            if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is not model.dtype:
+                raise UserError(
+                    f"rollout.engine: transformers keeps its cache in the weights' number format, {model.dtype}, and "
+                    f"this policy computes in {torch.get_autocast_dtype(kind)}; use rollout.engine: built-in"
+                )
             # the sampler draws from torch's global generator, which belongs to the trainer
             devices = [model.device] if model.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):

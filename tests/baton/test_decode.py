@@ -329,6 +329,8 @@ def test_bfloat16_products_from_the_weights_side(tiny_llama: Any) -> None:
             assert found.shape == (3, 2, 24) and found.is_contiguous() and found.dtype is torch.bfloat16
             assert (found.double() - exact).abs().max() < 2**-8 * exact.abs().max() * 2
         assert torch.equal(linear(x.float(), weight.float()), functional.linear(x.float(), weight.float()))
+        many = x[:1].expand(40, 2, 40)
+        assert torch.equal(linear(many, weight), functional.linear(many, weight))
     model = copy.deepcopy(tiny_llama).bfloat16()
     with torch.no_grad(), thin_products(model):
         assert "forward" in vars(model.lm_head)

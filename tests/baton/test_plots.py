@@ -27,6 +27,8 @@ def test_metrics_are_read_by_name_and_step(tmp_path: Path) -> None:
         end='[1]\n{"step": 4, "lo',
     )
     assert read_metrics(path) == {"loss": [(1, 3.0), (2, 2.0)]}
+    path = write(tmp_path, {"step": 4, "time_s": 1.0, "alarm": "length_drift", "message": "longer"})
+    assert read_metrics(path) == {"alarm/length_drift": [(4, 1.0)]}
 
 
 def test_no_metrics_no_plot(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def ppo_rows(count: int) -> list[dict[str, Any]]:
         row |= {"kl_nats": step / 4, "kl_coefficient": 0.05, "length": 40.0, "eos_rate": 0.9, "entropy_nats": 2.0}
         row |= {"clip_fraction/policy": 0.1, "clip_fraction/value": 0.0, "explained_variance": 0.5, "loss/ptx": 3.0}
         row |= {"loss/policy": -0.1, "loss/value": 0.4, "grad_norm/policy": 1.0, "grad_norm/value": 2.0}
-        row |= {"engine_gap_nats": 1e-4, "episodes_per_s": 0.5}
+        row |= {"engine_gap_nats": 1e-4, "episodes_per_s": 0.5, "memory/peak_gb": 2.0}
         row |= {"time/rollout_s": 3.0, "time/score_s": 1.0, "time/update_s": 4.0}
         if step % 2 == 0:
             row |= {"eval/reward": step / 12, "eval/gold": -step / 12, "eval/kl_nats": step / 5, "eval/length": 41.0}
@@ -105,8 +107,8 @@ def ppo_rows(count: int) -> list[dict[str, Any]]:
             row |= {"eval/win_rate": 0.7, "eval/win_rate_low": 0.6, "eval/win_rate_high": 0.8}
         rows.append(row)
     rows[-1] |= {"eval/reward_before": 0.0, "eval/gold_before": 0.1, "eval/reward/rule_before": 0.2}
-    rows[-2] |= {"alarm/length_drift": 1.0, "alarm/reward_stuck/rule": 1.0}
-    return rows
+    alarms = [{"step": 3, "alarm": name, "message": "…"} for name in ("length_drift", "reward_stuck/rule")]
+    return [*rows, *alarms]
 
 
 def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
@@ -124,7 +126,7 @@ def ppo_panels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_ppo_run(ppo_panels: dict[str, Any]) -> None:
     panels = ppo_panels
-    assert len(panels) == 19
+    assert len(panels) == 20
     against = panels["Reward against KL"]
     assert against.collections[0].get_offsets().tolist() == [[0.25, 0.1], [0.5, 0.2], [0.75, 0.3], [1.0, 0.4]]
     assert lines(against)["held out"] == ([0.4, 0.8], [pytest.approx(2 / 12), pytest.approx(4 / 12)])

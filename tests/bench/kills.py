@@ -1,6 +1,6 @@
 """PPO killed at random moments (`kill -9`) and continued by the same command: are the published weights the same?
 
-    python tests/bench/kills.py recipes/micro train.steps=12 train.save_every=1 --kills 20 --json
+    python -m tests.bench.kills recipes/micro train.steps=12 train.save_every=1 --kills 20 --json
 
 The folder's ppo.yaml is run once uninterrupted, then again and again with kills, each time from a copy of the registry
 that holds its inputs and not yet its outputs; what is compared is the sha256 of every published safetensors file.
@@ -91,17 +91,21 @@ class Bench:
                     found[f"{name}/{entry['path']}"] = entry["sha256"]
         return found
 
-    def uninterrupted(self) -> tuple[dict[str, str], float]:
-        """(digests, seconds) of a run that nobody kills."""
+    def uninterrupted(self) -> tuple[dict[str, str], float, float]:
+        """(digests, seconds, seconds until the first step was logged) of a run that nobody kills."""
         folder, began = self.prepare("uninterrupted"), time.monotonic()
-        self._finish(self.start(folder), folder)
-        return self.digests(folder), time.monotonic() - began
+        process = self.start(folder)
+        while process.poll() is None and not (folder / "run" / "metrics.jsonl").is_file():
+            time.sleep(0.02)
+        first_step_s = time.monotonic() - began
+        self._finish(process, folder)
+        return self.digests(folder), time.monotonic() - began, first_step_s
 
-    def killed(self, name: str, most: int, usual_s: float, randomness: random.Random) -> Outcome:
-        """A run killed at uniform moments of its usual length until it ends before its kill, at most `most` times."""
+    def killed(self, name: str, most: int, window_s: tuple[float, float], randomness: random.Random) -> Outcome:
+        """A run killed at uniform moments of `window_s` until it ends before its kill, at most `most` times."""
         folder, outcome = self.prepare(name), Outcome()
         while len(outcome.kills) < most:
-            process, moment = self.start(folder), randomness.uniform(0, usual_s)
+            process, moment = self.start(folder), randomness.uniform(*window_s)
             began = time.monotonic()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(moment)
@@ -115,7 +119,8 @@ class Bench:
                 if number == signal.SIGSTOP:
                     outcome.kills.append(reached(folder / "run", time.monotonic() - began))
             process.wait()
-            psutil.wait_procs(family[1:], timeout=60)
+            while not all(is_dead(member) for member in family[1:]):
+                time.sleep(0.01)
         else:
             process = self.start(folder)
         self._finish(process, folder)
@@ -126,6 +131,14 @@ class Bench:
         if process.wait() != 0:
             log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
             raise SystemExit(f"the run in {folder} failed with exit code {process.returncode}:\n{log[-4000:]}")
+
+
+def is_dead(process: psutil.Process) -> bool:
+    """Whether it is gone, or a zombie that nobody has collected: containers often have no init that would."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def reached(run_dir: Path, after_s: float) -> Kill:
@@ -139,14 +152,15 @@ def reached(run_dir: Path, after_s: float) -> Kill:
     return Kill(round(after_s, 2), step, max(whole, default=0), half)
 
 
-def measure(bench: Bench, kills: int, seed: int) -> dict[str, Any]:
+def measure(bench: Bench, kills: int, seed: int, *, training_only: bool) -> dict[str, Any]:
     """The uninterrupted run, then killed ones until there were `kills` kills."""
     randomness = random.Random(seed)
-    expected, usual_s = bench.uninterrupted()
+    expected, usual_s, first_step_s = bench.uninterrupted()
+    window_s = (first_step_s if training_only else 0.0, usual_s)
     outcomes: list[Outcome] = []
     left = kills
     while left > 0:
-        outcome = bench.killed(f"killed-{len(outcomes) + 1}", left, usual_s, randomness)
+        outcome = bench.killed(f"killed-{len(outcomes) + 1}", left, window_s, randomness)
         outcome.identical = outcome.digests == expected
         outcomes.append(outcome)
         left -= len(outcome.kills)
@@ -162,6 +176,8 @@ def measure(bench: Bench, kills: int, seed: int) -> dict[str, Any]:
         "processes": bench.processes,
         "seed": seed,
         "uninterrupted_s": round(usual_s, 1),
+        "first_step_s": round(first_step_s, 1),
+        "training_only": training_only,
         "kills": sum(len(outcome.kills) for outcome in outcomes),
         "kills_before_the_first_checkpoint": sum(not kill.checkpoint for o in outcomes for kill in o.kills),
         "runs": len(outcomes),
@@ -179,13 +195,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
+    parser.add_argument("--training-only", action="store_true", help="no kills while the program still starts")
     parser.add_argument("--work", type=Path, help="kept afterwards; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         bench = Bench(options.folder / "ppo.yaml", options.overrides, options.processes, work)
-        found = measure(bench, options.kills, options.seed)
+        found = measure(bench, options.kills, options.seed, training_only=options.training_only)
     if options.json:
         print(json.dumps(found))
     else:

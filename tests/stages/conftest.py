@@ -1,14 +1,19 @@
-"""A random base with a random SFT adapter and a random reward adapter on it, made with peft alone."""
+"""Random adapters on a random base, made with peft alone; plain models to compare with; the parts of one PPO step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import nn
 
 VOCABULARY = 48
 STOP, PAD = 1, 2
+TEMPERATURE = 0.7
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class RoleFolders(NamedTuple):
@@ -29,6 +34,12 @@ def randomised(model: Any, seed: int) -> Any:
 
 
 @pytest.fixture(scope="session")
+def randomise() -> Callable[[Any, int], Any]:
+    """`randomised`, for tests that make adapters of their own."""
+    return randomised
+
+
+@pytest.fixture(scope="session")
 def role_folders(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> RoleFolders:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -36,67 +47,122 @@ def role_folders(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> R
     root = tmp_path_factory.mktemp("roles")
     folders = RoleFolders(root / "base", root / "sft", root / "reward")
     tiny_llama.save_pretrained(folders.base)
-    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     causal = AutoModelForCausalLM.from_pretrained(folders.base)
-    sft = get_peft_model(causal, LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=layers))
+    sft = get_peft_model(causal, LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=LAYERS))
     randomised(sft, seed=1).save_pretrained(folders.sft)
     classifier = AutoModelForSequenceClassification.from_pretrained(folders.base, num_labels=1)
-    reward = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=9, target_modules=layers))
+    reward = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=9, target_modules=LAYERS))
     randomised(reward, seed=2).save_pretrained(folders.reward)
     return folders
 
 
 class Oracle:
-    """The four roles as four separate models, one row at a time, without padding; slow and obvious; float64."""
+    """The four roles as separate models, one row at a time, without padding; slow and obvious; float64.
 
-    def __init__(self, folders: RoleFolders) -> None:
+    `policy` "adapter" or "full"; `critic` "adapter" or "separate" (the reward's model, trained), or "shared" (a head on
+    the policy's states).
+    """
+
+    def __init__(self, folders: RoleFolders, policy: str = "adapter", critic: str = "adapter") -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
         def causal(trained: bool) -> Any:
             model = AutoModelForCausalLM.from_pretrained(folders.base)
-            return PeftModel.from_pretrained(model, folders.sft, is_trainable=trained).double().eval()
+            found = PeftModel.from_pretrained(model, folders.sft, is_trainable=trained)
+            if trained and policy == "full":
+                found = found.merge_and_unload().requires_grad_(True)
+            return found.double().eval()
 
         def classifier(trained: bool) -> Any:
             model = AutoModelForSequenceClassification.from_pretrained(folders.base, num_labels=1)
             model.config.pad_token_id = PAD
-            return PeftModel.from_pretrained(model, folders.reward, is_trainable=trained).double().eval()
+            found = PeftModel.from_pretrained(model, folders.reward, is_trainable=trained)
+            if trained and critic == "separate":
+                found = found.merge_and_unload().requires_grad_(True)
+            return found.double().eval()
 
-        self.policy, self.reference = causal(True), causal(False)
-        self.value_model, self.reward = classifier(True), classifier(False)
+        self.policy_kind, self.critic_kind = policy, critic
+        self.policy, self.reference, self.reward = causal(True), causal(False), classifier(False)
+        self.value_model = classifier(True) if critic != "shared" else None
+        hidden = self.policy.config.hidden_size
+        self.shared_head = nn.Parameter(torch.zeros(hidden, dtype=torch.float64))
         self.base = AutoModelForCausalLM.from_pretrained(folders.base).double().eval()
 
     def logprobs(self, model: Any, prompt: Sequence[int], reply: Sequence[int], temperature: float) -> torch.Tensor:
         """Of each token of the reply, from the full table of logits."""
-        ids = torch.tensor([[*prompt, *reply]])
-        table = (model(input_ids=ids, use_cache=False).logits[0] / temperature).log_softmax(-1)
+        logits = model(input_ids=torch.tensor([[*prompt, *reply]]), use_cache=False).logits[0]
+        return self.chosen((logits / temperature).log_softmax(-1), prompt, reply)
+
+    @staticmethod
+    def chosen(table: torch.Tensor, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
         return torch.stack([table[len(prompt) + at - 1, token] for at, token in enumerate(reply)])
 
-    def values(self, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
-        """V before each token of the reply: the classifier's score of everything up to there."""
+    def all_of(
+        self, prompt: Sequence[int], reply: Sequence[int], temperature: float, after: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(log-probabilities, entropies, values) of the trained models; values before each token, and `after` the last.
+
+        One pass a model: transformers' norms round gradients to float32, so that two passes would differ by 1e-6.
+        """
         ids = torch.tensor([[*prompt, *reply]])
-        inner = self.value_model.base_model.model
+        inner = self.policy.base_model.model if self.policy_kind == "adapter" else self.policy
         hidden = inner.model(input_ids=ids, use_cache=False).last_hidden_state
-        return inner.score(hidden)[0, len(prompt) - 1 : -1, 0]
+        table = (inner.lm_head(hidden)[0] / temperature).log_softmax(-1)
+        entropies = -(table.exp() * table).sum(-1)[len(prompt) - 1 : -1]
+        if self.value_model is None:
+            values = hidden[0] @ self.shared_head
+        else:
+            own = self.value_model.base_model.model if self.critic_kind == "adapter" else self.value_model
+            values = own.score(own.model(input_ids=ids, use_cache=False).last_hidden_state)[0, :, 0]
+        return self.chosen(table, prompt, reply), entropies, values[len(prompt) - 1 : None if after else -1]
 
     def score(self, prompt: Sequence[int], reply: Sequence[int]) -> float:
         """The reward model's, by the published class's own forward."""
         with torch.no_grad():
             return float(self.reward(input_ids=torch.tensor([[*prompt, *reply]]), use_cache=False).logits)
 
+    def groups(self) -> list[list[nn.Parameter]]:
+        """[the policy's parameters, the critic's alone]."""
+        critic = [self.shared_head] if self.value_model is None else list(self.value_model.parameters())
+        return [[p for p in group if p.requires_grad] for group in (list(self.policy.parameters()), critic)]
+
 
 @pytest.fixture
-def oracle(role_folders: RoleFolders) -> Oracle:
+def make_oracle(role_folders: RoleFolders) -> Callable[..., Oracle]:
     """Fresh: a test may train it."""
-    return Oracle(role_folders)
+    return lambda policy="adapter", critic="adapter": Oracle(role_folders, policy, critic)
 
 
 @pytest.fixture
-def roles(role_folders: RoleFolders) -> Any:
-    """The four roles of Baton in float64, at temperature 0.7; a test may train them."""
-    from stages.roles import Roles
+def oracle(make_oracle: Callable[..., Oracle]) -> Oracle:
+    return make_oracle()
 
-    return Roles(*role_folders, torch.float32, 0.7).double()
+
+@pytest.fixture
+def make_roles(role_folders: RoleFolders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The roles of Baton in float64; by default as adapters on one base, at temperature 0.7."""
+    from dataclasses import replace
+
+    # transformers' eager attention takes its softmax in float32 whatever the weights are: no 1e-8 from there
+    monkeypatch.setattr("stages.roles.EAGER_BELOW", 0)
+
+    from stages.roles import Cast, Roles
+
+    def make(temperature: float = TEMPERATURE, **changes: Any) -> Any:
+        base, sft, reward = role_folders
+        cast = Cast(base=base, sft=sft, rewards={"r": reward}, critic_start=reward)
+        if changes.get("critic") == "shared":
+            cast = replace(cast, critic_start=None)
+        return Roles(replace(cast, **changes), torch.float32, temperature).double()
+
+    return make
+
+
+@pytest.fixture
+def roles(make_roles: Callable[..., Any]) -> Any:
+    """All roles as adapters; a test may train them."""
+    return make_roles()
 
 
 @pytest.fixture(scope="session")
@@ -118,3 +184,127 @@ def episodes() -> list[Any]:
             reply[0] = PAD
         made.append(Episode(index, prompt, Reply(reply, ended)))
     return made
+
+
+PPO_SETTINGS: dict[str, Any] = {
+    "epochs": 2,
+    "minibatches": 2,
+    "kl_coefficient": 0.3,
+    "clip_ratio": 0.1,
+    "clip_value": 0.3,
+    "value_coefficient": 0.5,
+    "gamma": 0.9,
+    "lam": 0.8,
+    "missing_eos_penalty": 2.0,
+}
+TRAIN_SETTINGS: dict[str, Any] = {
+    "steps": 10,
+    "episodes_per_batch": 8,
+    "learning_rate": 0.02,
+    "critic_learning_rate": 0.05,
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.5,
+    "tokens_per_micro_batch": 16,
+}
+
+
+@pytest.fixture(scope="session")
+def make_recipe() -> Callable[..., Any]:
+    """Settings of which none is neutral; the warm-up halves the first step's learning rates."""
+    from baton.recipe import PPORecipe
+
+    def make(ppo: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **more: Any) -> PPORecipe:
+        content = {
+            "stage": "ppo",
+            "sft": "t/s:1",
+            "reward": "t/r:1",
+            "run_dir": "unused",
+            "publish": {"name": "t/p"},
+            "data": {"train": [{"path": "x"}]},
+            "rollout": {"max_new_tokens": 6, "temperature": TEMPERATURE},
+            "ppo": PPO_SETTINGS | (ppo or {}),
+            "train": TRAIN_SETTINGS | (train or {}),
+        }
+        return PPORecipe.model_validate(content | more)
+
+    return make
+
+
+class Words:
+    """As much of a tokenizer as scoring needs: text is the ids in digits."""
+
+    pad_token_id = PAD
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(str(token) for token in ids if token != STOP or not skip_special_tokens)
+
+
+@dataclass
+class Trial:
+    """The parts of one PPO step, as `stages.ppo.main` puts them together, on one process."""
+
+    recipe: Any
+    roles: Any
+    scorer: Any
+    updater: Any
+    raw_scale: Any
+    scale: Any
+
+    def score(self, episodes: Sequence[Any], rows: Sequence[Any] | None = None) -> list[list[Any]]:
+        """Minibatches of scored micro-batches with their advantages."""
+        from stages.ppo import set_advantages, set_scores
+        from stages.prompts import PromptRow
+
+        settings = self.recipe.ppo
+        share = len(episodes) // settings.minibatches
+        rows = rows or [PromptRow([{"role": "user", "content": "?"}], e.prompt, {}) for e in episodes]
+        minibatches = [
+            self.scorer.score(episodes[at : at + share], rows[at : at + share])
+            for at in range(0, len(episodes), share)
+        ]
+        set_scores(minibatches, self.recipe, self.scorer.spread, self.raw_scale, self.scale)
+        set_advantages(minibatches, self.recipe, self.scorer.spread, settings.kl_coefficient)
+        return minibatches
+
+    def update(self, minibatches: list[list[Any]], step: int = 0) -> dict[str, float]:
+        """The update; the step that is not the first has full learning rates."""
+        coefficient = self.recipe.ppo.kl_coefficient
+        found: dict[str, float] = self.updater.update(minibatches, step, coefficient, self.scale.deviation)
+        return found
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """A copy of what is trained."""
+        return {name: p.detach().clone() for name, p in self.roles.trained_parameters().items()}
+
+
+@pytest.fixture(scope="session")
+def make_trial() -> Callable[..., Trial]:
+    """A trial of `roles` under `recipe`; `ptx` rows are mixed in."""
+    from accelerate import Accelerator
+
+    from stages.advantages import RunningScale
+    from stages.scoring import Scorer
+    from stages.sharding import Spread
+    from stages.update import Updater
+
+    def make(roles: Any, recipe: Any, ptx: Sequence[Any] = (), pad_id: int = PAD) -> Trial:
+        accelerator = Accelerator(cpu=True)
+        manifest = {"tokenizer_digest": "t", "chat_template_digest": "c"}
+        sft = SimpleNamespace(kind="adapter", base="b", manifest=manifest)
+        run: Any = SimpleNamespace(
+            recipe=recipe,
+            state=SimpleNamespace(device=torch.device("cpu")),
+            inputs=SimpleNamespace(versions={"sft": sft, "reward": sft, "gold": sft}),
+            registry=None,
+            dtype=torch.float32,
+            say=print,
+        )
+        words: Any = Words()
+        words.pad_token_id = pad_id
+        spread = Spread(accelerator)
+        scorer = Scorer(run, roles, words, spread)
+        return Trial(recipe, roles, scorer, Updater(recipe, roles, spread, ptx, pad_id), RunningScale(), RunningScale())
+
+    return make

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from baton.recipe import PPORecipe
+from baton.recipe import Lora, PPORecipe
 from stages.estimate import GB, BatchPlan, MemoryEstimate, Shape, Weights, available_bytes, estimate_memory
 
 
@@ -53,7 +53,7 @@ def test_a_config_gives_the_shape() -> None:
     assert Shape.of(config) == Shape(64, 3, 4, 2, 16, 96, 50)
 
 
-def kept_by_autograd(model: Any, rank: int | None, half: bool, rows: int, longest: int) -> int:
+def kept_by_autograd(model: Any, autocast: bool, rows: int, longest: int) -> int:
     """Bytes of the storages that the backward of one forward holds on to, parameters left out; each counted once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storage keeps its address from being given out again
@@ -65,40 +65,41 @@ def kept_by_autograd(model: Any, rank: int | None, half: bool, rows: int, longes
         return tensor
 
     ids = torch.arange(rows * longest).view(rows, longest) % 50
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    decoder = model.model if rank is None else model.get_base_model().model
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
-        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    found = sum(storage.nbytes() for storage in kept.values())
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     assert hidden.requires_grad
-    return found
+    return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("rank", [8, None])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "hidden", "inner", "longest"), [(4, 2, 128, 384, 64), (9, 3, 144, 160, 32)]
 )
 def test_activations_are_what_autograd_keeps(
-    heads: int, kv_heads: int, hidden: int, inner: int, longest: int, rank: int | None, half: bool
+    heads: int, kv_heads: int, hidden: int, inner: int, longest: int, rank: int | None, half: bool, eager: bool
 ) -> None:
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stages.adapters import attach_new
+    from stages.lora import Acting
 
     config = LlamaConfig(hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
                          num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=50)  # fmt: skip
+    config._attn_implementation = "eager" if eager else "sdpa"
     model: Any = LlamaForCausalLM(config).to(torch.bfloat16 if half and rank else torch.float32)
     if rank:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear"))
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        acting = Acting()
+        model.requires_grad_(False)
+        attach_new(model, "policy", Lora(r=rank), acting, seed=0)
+        acting.role = "policy"
     layers = [p for name, p in model.named_parameters() if p.requires_grad and ".layers." in name and p.ndim == 2]
     shape = Shape.of(config)
-    estimated = 4 * longest * shape.layers * shape.layer_bytes_per_token(longest, rank, half)
+    estimated = 4 * longest * shape.layers * shape.layer_bytes_per_token(longest, rank, half, eager)
     estimated += 2 * sum(p.numel() for p in layers) * half
-    measured = kept_by_autograd(model.eval(), rank, half, rows=4, longest=longest)
+    measured = kept_by_autograd(model.eval(), half and not rank, rows=4, longest=longest)
     assert estimated == pytest.approx(measured, rel=0.1)
 
 
@@ -108,7 +109,7 @@ SHAPE = Shape(hidden_size=100, layers=2, heads=4, kv_heads=2, head_dim=25, inter
 def estimated(**changes: Any) -> MemoryEstimate:
     settings: dict[str, Any] = {
         "half": False, "rank": 4, "graphs": 2, "micro_batch_tokens": 64, "longest_tokens": 40, "logits_rows": 16,
-        "rollout_rows": 8, "prefill_tokens": 30,
+        "rollout_rows": 8, "prefill_tokens": 30, "on_cpu": True,
     }  # fmt: skip
     weights = [Weights("base", 1_000_000, 0, 2), Weights("policy", 30_000, 30_000, 2), Weights("reward", 5_000, 0, 4)]
     return estimate_memory(SHAPE, weights, **(settings | changes))
@@ -121,11 +122,11 @@ def test_the_parts_by_hand() -> None:
         "weights, policy": 120_000,
         "weights, reward": 20_000,
         "Adam's moments": 240_000,
-        "libraries": 700_000_000,
+        "libraries": 600_000_000,
     }
-    # norms 2H + 2, adapters 2H, attention 4Q + heads + L, MLP 4I, LoRA 7r
-    layer = 64 * 4 * ((2 * 100 + 2) + 2 * 100 + (4 * 100 + 4 + 40) + 4 * 200 + 7 * 4)
-    assert [size for _, size in found.update] == [120_000, 2 * 2 * layer + layer, 16 * 1000 * 4 * 3]
+    # norms 2H + 2, adapters 2H, eager attention 4Q + heads L, MLP 4I, LoRA 7r
+    layer = 64 * 4 * ((2 * 100 + 2) + 2 * 100 + (4 * 100 + 4 * 40) + 4 * 200 + 7 * 4)
+    assert [size for _, size in found.update] == [120_000, 5 * layer, int(0.7 * 5 * layer), 16 * 1000 * 4 * 3]
     keys_values = 8 * 40 * 2 * 2 * 2 * 25 * 4  # rows, tokens, layers, both, kv heads, head_dim, bytes
     assert [size for _, size in found.rollout] == [keys_values, 30 * (3 * 200 + 3 * 100) * 4, 8 * 1000 * 4 * 3]
     assert found.total == sum(size for _, size in (*found.always, *found.update))
@@ -139,6 +140,10 @@ def test_settings_move_their_parts() -> None:
     assert crowded.total == sum(size for _, size in (*crowded.always, *crowded.rollout)) > base.total
     assert dict(estimated(shards=2).always)["Adam's moments"] == 120_000
     assert dict(estimated(shards=2).update)["gradients"] == 60_000
+    # fused attention on a GPU, and from 512 tokens on: 2Q + 2K + heads, so 300 + 4 in place of 400 + 160
+    gpu = estimated(on_cpu=False)
+    assert base.update[1][1] - gpu.update[1][1] == 5 * 64 * 4 * 256
+    assert gpu.update[2][1] == pytest.approx(0.1 * gpu.update[1][1], abs=1)
     assert estimated(half=True).rollout[0][1] * 2 == base.rollout[0][1]
 
 

@@ -1,4 +1,4 @@
-"""Which prompts, which noise, which tokens, and the tensors that episodes become."""
+"""Which prompts, which noise, which tokens."""
 
 from typing import Any
 
@@ -8,36 +8,18 @@ import torch
 
 from baton.decode import Reply
 from stages.rollout import (
-    Episode,
     episode_prompts,
     inverse_cdf,
-    make_micro_batch,
     sample_replies,
     sample_with,
     sampling_noise,
 )
-
-CPU = torch.device("cpu")
 
 
 def sampled(model: Any, prompts: list[list[int]], noise: np.ndarray, temperature: float = 1.0) -> list[Reply]:
     return sample_replies(
         model, prompts, noise, temperature=temperature, max_new_tokens=noise.shape[1], stop_ids=[1], pad_id=2
     )
-
-
-def test_micro_batch_worked_by_hand() -> None:
-    # the pad id, 9, occurs as a real token: masks come from lengths
-    episodes = [Episode(0, [5, 9, 7], Reply([8, 1], True)), Episode(1, [9], Reply([9, 3, 9], False))]
-    batch = make_micro_batch(episodes, pad_id=9, device=CPU)
-    assert batch.input_ids.tolist() == [[5, 9, 7, 8, 1], [9, 9, 3, 9, 9]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert batch.is_response.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.response_ids.tolist() == [[8, 1, 0], [9, 3, 9]]
-    assert batch.before_response.tolist() == [[2, 3, 0], [0, 1, 2]]
-    assert batch.last.tolist() == [4, 3]
-    assert batch.ended.tolist() == [True, False]
 
 
 def test_every_prompt_once_an_epoch_in_an_order_of_its_own() -> None:

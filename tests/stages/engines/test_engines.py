@@ -38,7 +38,7 @@ def opened(model_of: Any, seed: int = 3, **settings: Any) -> Engine:
 def logprobs(model: Any, prompt: list[int], reply: Reply, temperature: float) -> list[float]:
     ids = torch.tensor([prompt + reply.ids])
     with torch.no_grad():
-        table = (model(input_ids=ids, use_cache=False).logits[0] / temperature).log_softmax(-1)
+        table = (model(input_ids=ids, use_cache=False).logits[0].float() / temperature).log_softmax(-1)
     return [float(table[len(prompt) + at - 1, token]) for at, token in enumerate(reply.ids)]
 
 
@@ -108,6 +108,24 @@ def test_continuous_batching_under_autocast(tiny_llama: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert len(engine.generate(PROMPTS, range(6))) == 6
     assert seen == {True} and "forward" not in vars(model)
+    mixed = opened(lambda: nullcontext(tiny_llama), engine="transformers")
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UserError, match="float32.*bfloat16.*built-in"):
+        mixed.generate(PROMPTS, range(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_built_in_under_autocast(tiny_llama: Any, dtype: torch.dtype, attention: str) -> None:
+    """Weights in float32 that are computed with in bfloat16, and bfloat16 weights."""
+    import copy
+    from contextlib import nullcontext
+
+    model = copy.deepcopy(tiny_llama).to(dtype)
+    model.set_attn_implementation(attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        replies = opened(lambda: nullcontext(model), rows=2).generate(PROMPTS, range(6))
+        theirs = [logprobs(model, prompt, reply, 0.8) for prompt, reply in zip(PROMPTS, replies, strict=True)]
+    assert check_engine([reply.logprobs for reply in replies], theirs, 0.05) > 0
 
 
 def test_continuous_batching_refuses_spread_weights(model_of: Any) -> None:
