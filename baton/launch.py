@@ -29,8 +29,8 @@ PROGRAMS = {
 WITHOUT_ACCELERATE = {"world"}
 
 # glibc gives freed tensors back to the kernel and asks for them again at the next step: keeping them saved 10-15% of
-# a training step on CPUs
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+# a training step on CPUs. One arena: those of other threads, such as the backward pass's, are given back regardless
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "MALLOC_ARENA_MAX": "1"}
 
 # torch's launcher would die of SIGUSR1 and leave its processes behind, and would kill them 30 s after any other signal
 ELASTIC = {

@@ -39,7 +39,7 @@ class RewardSource(Strict):
         if self.url is None and (self.timeout_s is not None or self.retries is not None):
             raise ValueError("timeout_s and retries are for a url; nothing else would read them")
         if self.batch_size is not None and self.url is None and self.function is None:
-            raise ValueError("batch_size is for a url or a function; models are batched by train.tokens_per_micro_batch")
+            raise ValueError("batch_size is for a url or a function; train.tokens_per_micro_batch batches models")
         return self
 
     @property

@@ -288,7 +288,7 @@ class PPORecipe(TrainedRecipe):
     """Stage 3: the policy, which starts as SFT's model, is optimised against rewards by PPO.
 
     `policy: adapter` trains a LoRA adapter, SFT's own or, on a merged or base model, a new one by `lora`;
-    `policy: full` trains every weight. `reward` is a reference, or a list of weighted rewards; `gold` is never optimised.
+    `policy: full` trains every weight. `reward` is a reference, or a list of weighted rewards; `gold` is only measured.
     """
 
     stage: Literal["ppo"]
@@ -312,6 +312,10 @@ class PPORecipe(TrainedRecipe):
             raise ValueError(f"two rewards are both called {max(labels, key=labels.count)}; give them a name each")
         if bool(self.data.ptx) != bool(self.ppo.ptx_coefficient):
             raise ValueError("data.ptx and ppo.ptx_coefficient need each other: one of them would be ignored")
+        if self.policy == "full" and self.ppo.critic == "shared" and self.publish_value is not None:
+            raise ValueError(
+                "the critic of policy: full, critic: shared has no weights of its own; leave publish_value out"
+            )
         if self.policy == "full" and self.lora is not None:
             raise ValueError("policy: full trains every weight and would ignore lora")
         if self.train.eval_every and not self.data.eval:

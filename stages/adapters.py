@@ -29,7 +29,7 @@ def attach(
     if config.get("peft_type") != "LORA" or unsupported:
         found = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
         raise UserError(
-            f"PPO shares one base between LoRA adapters and cannot with {found}. Merge the adapter first: baton get REF "
+            f"PPO shares one base between plain LoRA adapters; this one has {found}. Merge it first: baton get REF "
             "DIR --merge, then baton publish DIR --name TEAM/NAME --kind merged"
         )
     left = dict(tensors)
@@ -66,9 +66,7 @@ def attach_new(model: nn.Module, role: str, lora: Lora, acting: Acting, seed: in
     return config | {"target_modules": sorted({name.rpartition(".")[2] for name in names})}
 
 
-def save_adapter(
-    model: nn.Module, role: str, config: LoraConfig, more: dict[str, torch.Tensor], folder: Path
-) -> None:
+def save_adapter(model: nn.Module, role: str, config: LoraConfig, more: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the role's factors, and `more` tensors, as a plain PEFT folder."""
     from safetensors.torch import save_file
 

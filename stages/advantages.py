@@ -30,8 +30,10 @@ class RunningScale:
 
     @property
     def deviation(self) -> float:
+        """1 as long as all scores are equal: dividing by next to nothing would blow them up."""
         mean = self.total / max(self.count, 1)
-        return math.sqrt(max(self.squares / max(self.count, 1) - mean * mean, 1e-8))
+        variance = self.squares / max(self.count, 1) - mean * mean
+        return math.sqrt(variance) if variance > 1e-8 else 1.0
 
 
 def shape_scores(
@@ -44,9 +46,9 @@ def shape_scores(
 ) -> torch.Tensor:
     """The score (B,) that PPO optimises, from the weighted sum of rewards (B,); `ended`, `lengths` (B,).
 
-    In this order: divided by the running `deviation` of the rewards, which keeps their mean's sign; clipped; lessened by
-    the overlong penalty, linear over the last `overlong_tokens` before the limit (Yu et al. 2025, eq. 13); and, where a
-    reply did not end, lessened or replaced by the missing-EOS penalty (Huang et al. 2024, the EOS trick).
+    In this order: divided by the running `deviation` of the rewards, which keeps their mean's sign; clipped; lessened
+    by the overlong penalty, linear over the last `overlong_tokens` before the limit (Yu et al. 2025, eq. 13); and, where
+    a reply did not end, lessened or replaced by the missing-EOS penalty (Huang et al. 2024, the EOS trick).
     """
     scores = rewards / deviation if settings.normalise_reward else rewards
     if settings.clip_reward is not None:
@@ -78,9 +80,7 @@ def token_rewards(
     return rewards
 
 
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, is_state: torch.Tensor, gamma: float, lam: float
-) -> torch.Tensor:
+def gae(rewards: torch.Tensor, values: torch.Tensor, is_state: torch.Tensor, gamma: float, lam: float) -> torch.Tensor:
     """Generalised advantage estimation. rewards, values: (B, S) -> advantages (B, S). Schulman et al. 2016, eq. 16.
 
     The value after a row's last state is zero: the episode ends there, cut off or not.

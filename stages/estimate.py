@@ -241,12 +241,12 @@ def estimate_memory(
     are read at a time in the rollout. `on_cpu`: whose allocator leaves its gaps. `shards`: processes that share weights
     and moments (FSDP, ZeRO-3).
     """
-    from stages.roles import EAGER_BELOW
+    from stages.attention import SHORT
 
     width = HALF if half else FLOAT
     trained = sum(part.trained for part in weights)
     tokens = max(micro_batch_tokens, longest_tokens)
-    eager = on_cpu and longest_tokens < EAGER_BELOW
+    eager = on_cpu and longest_tokens < SHORT
     layer = tokens * shape.layer_bytes_per_token(longest_tokens, rank, half, eager)
     # the backward has a bfloat16 copy of every trained weight; the layer in work holds its gradients too
     activations = graphs * shape.layers * layer + layer + (HALF * trained if half else 0)

@@ -66,7 +66,9 @@ class HeldOut:
             )
         episodes = [Episode(at, row.ids, reply) for at, row, reply in zip(mine, chosen, replies, strict=True)]
         judged = self._judged(role, episodes, chosen)
-        found = dict(pair for part in self.spread.collect(dict(zip(mine, judged, strict=True))) for pair in part.items())
+        found = dict(
+            pair for part in self.spread.collect(dict(zip(mine, judged, strict=True))) for pair in part.items()
+        )
         return [found[at] for at in range(len(self.prompts))]
 
     def _judged(self, role: str, episodes: list[Episode], rows: list[PromptRow]) -> list[Judged]:

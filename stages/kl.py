@@ -13,7 +13,7 @@ Estimator = Literal["k1", "k2", "k3"]
 def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: Estimator) -> torch.Tensor:
     """KL(policy || reference) of each sampled token in nats; inputs and output of one shape. Schulman 2020.
 
-    With r = p_ref / p of the token: k1 = -log r (unbiased), k2 = (log r)^2 / 2 (low variance, its gradient is the KL's),
+    With r = p_ref / p of the token: k1 = -log r (unbiased), k2 = (log r)^2 / 2 (low variance, with the KL's gradient),
     k3 = r - 1 - log r (unbiased, never negative).
     """
     log_ratio = reference - logprobs

@@ -1,17 +1,23 @@
 """Log-probabilities and entropies of tokens from hidden states, without ever holding the table of logits.
 
-N positions, H hidden size, V vocabulary. The output head is applied to a few positions at a time; gradients are exact.
+N positions, H hidden size, V vocabulary. The output head is applied to a tile of positions and vocabulary at a time,
+and the tiles are put together as they come (the online softmax of Milakov and Gimelshein 2018); gradients are exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Logits in one chunk. On a CPU they should stay in its cache: 16 MiB in float32."""
+TILES = {"cpu": (512, 2048), "cuda": (2048, 1 << 15)}
+"""Positions and vocabulary of one tile. On a CPU a tile should stay in its cache: 4 MiB in float32 here;
+with whole rows the same work took six times as long."""
+
+LEAST_EXPONENT = -80.0
+"""Smaller probabilities count as e^-80: exp() of what underflows float32 takes sixty times as long on a CPU."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -21,11 +27,34 @@ class TokenLogprobs(NamedTuple):
     entropies: torch.Tensor  # (N,) in nats, of the whole distribution
 
 
-class _Chunk(NamedTuple):
-    logprobs: torch.Tensor  # (n,)
-    entropies: torch.Tensor  # (n,)
-    p: torch.Tensor  # (n, V)
-    surprise: torch.Tensor  # (n, V): logits - log of the partition sum = log p
+class _Head(NamedTuple):
+    """The output head and the temperature that its logits are divided by."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    temperature: float
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        size = TILES.get(self.weight.device.type, TILES["cuda"])[1]
+        for at in range(0, len(self.weight), size):
+            yield at, min(at + size, len(self.weight))
+
+    def logits(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """(n, end - start), at least float32."""
+        bias = None if self.bias is None else self.bias[start:end]
+        found = functional.linear(hidden, self.weight[start:end], bias)
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return found.div_(self.temperature) if self.temperature != 1.0 else found
+
+
+class _Summary(NamedTuple):
+    """n positions over the whole vocabulary."""
+
+    norms: torch.Tensor  # (n,): log of the sum of exp(logit)
+    means: torch.Tensor  # (n,): expected logit
+    chosen: torch.Tensor  # (n,): the token's logit
+    weights: torch.Tensor | None  # (n, H): expected row of the head's weight
+    products: torch.Tensor | None  # (n, H): expected logit x row
 
 
 def token_logprobs(
@@ -41,54 +70,65 @@ def token_logprobs(
 
     hidden (N, H), weight (V, H), bias (V,) or None, tokens (N,). The entropies have a gradient only where asked for.
     """
-    given = (hidden, weight, bias, tokens, temperature)
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        found = hidden.new_empty((2, len(hidden)), dtype=wide)
-        for part in _chunks(hidden, weight):
-            logits = _logits(hidden[part], weight, bias, temperature)
-            top = logits.amax(-1, keepdim=True)
-            chosen = logits.gather(-1, tokens[part, None])
-            mass = (logits - top).exp_()
-            total = mass.sum(-1, keepdim=True)
-            norm = top + total.log()
-            found[0, part] = (chosen - norm).squeeze(-1)
-            found[1, part] = (norm - torch.linalg.vecdot(mass, logits)[:, None] / total).squeeze(-1)
+        head = _Head(weight, bias, temperature)
+        found = hidden.new_empty((2, len(hidden)), dtype=_wide(hidden))
+        for part in _rows(hidden):
+            summary = _summarise(hidden[part], head, tokens[part])
+            found[0, part], found[1, part] = summary.chosen - summary.norms, summary.norms - summary.means
         return TokenLogprobs(found[0], found[1])
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     function = _TrainedHead if trains_head else _FrozenHead
-    logprobs, entropies = function.apply(*given, entropy_gradient)  # type: ignore[no-untyped-call]
+    given = (hidden, weight, bias, tokens, temperature, entropy_gradient)
+    logprobs, entropies = function.apply(*given)  # type: ignore[no-untyped-call]
     return TokenLogprobs(logprobs, entropies if entropy_gradient else entropies.detach())
 
 
-def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
+def _rows(hidden: torch.Tensor) -> list[slice]:
+    size = TILES.get(hidden.device.type, TILES["cuda"])[0]
     return [slice(at, at + size) for at in range(0, len(hidden), size)]
 
 
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float
-) -> torch.Tensor:
-    logits = functional.linear(hidden, weight, bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.div_(temperature) if temperature != 1.0 else logits
+def _wide(hidden: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _distribution(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor, temperature: float
-) -> _Chunk:
-    logits = _logits(hidden, weight, bias, temperature)
-    surprise = logits.sub_(logits.logsumexp(-1, keepdim=True))
-    p = surprise.exp()
-    chosen = surprise.gather(-1, tokens[:, None]).squeeze(-1)
-    return _Chunk(chosen, -torch.linalg.vecdot(p, surprise), p, surprise)
+def _summarise(hidden: torch.Tensor, head: _Head, tokens: torch.Tensor, slopes: int = 0) -> _Summary:
+    """`slopes`: 1 for the expected weight row, 2 for the expected product too.
+
+    Sums are kept relative to the largest logit so far; where a tile has a larger one, they are scaled down to it.
+    """
+    shape, wide = (len(hidden), 1), _wide(hidden)
+    top = hidden.new_full(shape, -torch.inf, dtype=wide)
+    mass, first, chosen = (hidden.new_zeros(shape, dtype=wide) for _ in range(3))
+    sums = [torch.zeros(hidden.shape, dtype=wide, device=hidden.device) for _ in range(slopes)]
+    for start, end in head.tiles():
+        logits = head.logits(hidden, start, end)
+        inside = (tokens >= start) & (tokens < end)
+        at = (tokens - start).clamp(0, end - start - 1)[:, None]
+        chosen = torch.where(inside[:, None], logits.gather(-1, at), chosen)
+        higher = torch.maximum(top, logits.amax(-1, keepdim=True))
+        scale = (top - higher).exp_()
+        top = higher
+        p = (logits - top).clamp_(min=LEAST_EXPONENT).exp_()
+        mass = mass * scale + p.sum(-1, keepdim=True)
+        rows = head.weight[start:end]
+        if slopes:
+            sums[0].mul_(scale).add_(p.to(hidden.dtype) @ rows)
+        product = p.mul_(logits)
+        first = first * scale + product.sum(-1, keepdim=True)
+        if slopes > 1:
+            sums[1].mul_(scale).add_(product.to(hidden.dtype) @ rows)
+    norms, means = (top + mass.log()).squeeze(-1), (first / mass).squeeze(-1)
+    expected = [*(item.div_(mass) for item in sums), None, None]
+    return _Summary(norms, means, chosen.squeeze(-1), expected[0], expected[1])
 
 
 class _FrozenHead(torch.autograd.Function):
     """With a frozen head all that the backward pass needs is one row a position, known in the forward pass.
 
-    d logprob / d hidden = (W[token] - sum_v p_v W_v) / T and d entropy / d hidden = -sum_v p_v (log p_v + entropy) W_v / T:
-    so no table of logits is kept, and none is computed twice.
+    With z the logits, d logprob / d hidden = (W[token] - E[W]) / T and d entropy / d hidden = (E[z] E[W] - E[z W]) / T,
+    expectations over the vocabulary: so no table of logits is kept, and none is computed twice.
     """
 
     @staticmethod
@@ -101,17 +141,18 @@ class _FrozenHead(torch.autograd.Function):
         temperature: float,
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide, head = _wide(hidden), _Head(weight, bias, temperature)
         found = hidden.new_empty((2, len(hidden)), dtype=wide)
-        slopes = hidden.new_empty((1 + entropy_gradient, *hidden.shape), dtype=wide)
-        for part in _chunks(hidden, weight):
-            chunk = _distribution(hidden[part], weight, bias, tokens[part], temperature)
-            found[0, part], found[1, part] = chunk.logprobs, chunk.entropies
-            slopes[0, part] = weight[tokens[part]].to(wide) - (chunk.p.to(hidden.dtype) @ weight).to(wide)
+        slopes = torch.empty((1 + entropy_gradient, *hidden.shape), dtype=hidden.dtype, device=hidden.device)
+        for part in _rows(hidden):
+            summary = _summarise(hidden[part], head, tokens[part], 1 + entropy_gradient)
+            found[0, part], found[1, part] = summary.chosen - summary.norms, summary.norms - summary.means
+            assert summary.weights is not None
+            slopes[0, part] = (weight[tokens[part]].to(wide) - summary.weights).div_(temperature)
             if entropy_gradient:
-                slope = chunk.surprise.add_(chunk.entropies[:, None]).mul_(chunk.p)
-                slopes[1, part] = -(slope.to(hidden.dtype) @ weight).to(wide)
-        ctx.save_for_backward(slopes.div_(temperature).to(hidden.dtype))
+                assert summary.products is not None
+                slopes[1, part] = (summary.means[:, None] * summary.weights - summary.products).div_(temperature)
+        ctx.save_for_backward(slopes)
         return found[0], found[1]
 
     @staticmethod
@@ -126,7 +167,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainedHead(torch.autograd.Function):
-    """A trained head's gradient needs every probability: the chunks are computed again in the backward pass."""
+    """A trained head's gradient needs every probability: the tiles are computed again in the backward pass."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -138,8 +179,8 @@ class _TrainedHead(torch.autograd.Function):
         temperature: float,
         entropy_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = token_logprobs(hidden.detach(), weight.detach(), bias, tokens, temperature)
-        ctx.save_for_backward(hidden, weight, bias, tokens)
+        found = token_logprobs(hidden, weight, bias, tokens, temperature)  # gradients are off in here
+        ctx.save_for_backward(hidden, weight, bias, tokens, found.entropies)
         ctx.temperature, ctx.entropy_gradient = temperature, entropy_gradient
         return found.logprobs, found.entropies
 
@@ -147,29 +188,28 @@ class _TrainedHead(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, to_logprobs: torch.Tensor, to_entropies: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, tokens = ctx.saved_tensors
-        wide = to_logprobs.dtype
-        to_hidden = torch.empty_like(hidden)
-        to_weight = torch.zeros_like(weight, dtype=wide)
-        to_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        for part in _chunks(hidden, weight):
-            chunk = _distribution(hidden[part], weight, bias, tokens[part], ctx.temperature)
-            to_logits = chunk.p * -to_logprobs[part, None]
-            if ctx.entropy_gradient:
-                slope = chunk.surprise.add_(chunk.entropies[:, None]).mul_(chunk.p)
-                to_logits -= slope.mul_(to_entropies[part, None])
-            to_logits.scatter_add_(-1, tokens[part, None], to_logprobs[part, None])
-            to_logits = to_logits.div_(ctx.temperature)
-            narrow = to_logits.to(hidden.dtype)
-            to_hidden[part] = narrow @ weight
-            to_weight += narrow.T @ hidden[part]
-            if to_bias is not None:
-                to_bias += to_logits.sum(0)
-        return (
-            to_hidden,
-            to_weight.to(weight.dtype),
-            None if to_bias is None or bias is None else to_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        hidden, weight, bias, tokens, entropies = ctx.saved_tensors
+        head, wide = _Head(weight, bias, ctx.temperature), to_logprobs.dtype
+        to_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+        to_weight = torch.zeros(weight.shape, dtype=wide, device=hidden.device)
+        to_bias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=hidden.device)
+        for part in _rows(hidden):
+            given, to_entropy = to_logprobs[part, None], to_entropies[part, None]
+            norms = _summarise(hidden[part], head, tokens[part]).norms[:, None]
+            for start, end in head.tiles():
+                scores = head.logits(hidden[part], start, end).sub_(norms)  # log p
+                p = scores.clamp(min=LEAST_EXPONENT).exp_()
+                to_logits = p * -given
+                if ctx.entropy_gradient:
+                    to_logits -= scores.add_(entropies[part, None]).mul_(p).mul_(to_entropy)
+                inside = (tokens[part] >= start) & (tokens[part] < end)
+                rows = inside.nonzero().squeeze(-1)
+                to_logits[rows, tokens[part][rows] - start] += given[rows, 0]
+                to_logits = to_logits.div_(ctx.temperature)
+                narrow = to_logits.to(hidden.dtype)
+                to_hidden[part] += narrow @ weight[start:end]
+                to_weight[start:end] += narrow.T @ hidden[part]
+                if to_bias is not None:
+                    to_bias[start:end] += to_logits.sum(0)
+        last = None if to_bias is None or bias is None else to_bias.to(bias.dtype)
+        return to_hidden.to(hidden.dtype), to_weight.to(weight.dtype), last, None, None, None

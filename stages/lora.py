@@ -1,7 +1,7 @@
 """Frozen linear layers that several roles share, each with a low-rank addition of its own (Hu et al. 2021).
 
-Layers that read the same input (query, key and value; gate and up) can be joined: their weights lie in one matrix, and a
-role's additions in one pair of factors, so that a family costs one product where it had three.
+Layers that read the same input (query, key and value; gate and up) can be joined: their weights lie in one matrix, and
+a role's additions in one pair of factors, so that a family costs one product where it had three.
 """
 
 from __future__ import annotations
@@ -48,19 +48,20 @@ class Family:
         self.members = list(members)
         self.held: dict[str, Held] = {}
         self._given: torch.Tensor | None = None
+        self._role: str | None = None
         self._ready: dict[int, torch.Tensor] = {}
         if len(self.members) > 1:
             self._join()
 
     def _join(self) -> None:
         """Lay the members' weights (and biases) into one matrix; each keeps its rows of it."""
-        weights = [member.base.weight for member in self.members]
+        weights: list[Any] = [member.base.weight for member in self.members]
         joined = torch.cat([weight.detach() for weight in weights])
         for weight, rows in zip(weights, joined.split([len(weight) for weight in weights]), strict=True):
-            weight.data = rows  # type: ignore[union-attr]
+            weight.data = rows
         self._weight: torch.Tensor | None = joined
-        biases = [member.base.bias for member in self.members]
-        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])  # type: ignore[union-attr]
+        biases: list[Any] = [member.base.bias for member in self.members]
+        self._bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
     def base(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weight (out, in), bias (out,) or None) of all members."""
@@ -75,43 +76,44 @@ class Family:
         """What `member` makes of `x`; its relatives' outputs are kept until they are asked for with the same `x`."""
         if len(self.members) == 1:
             return self._compute(x, role)
-        if x is not self._given or id(member) not in self._ready:
-            parts = self._compute(x, role).split([len(m.base.weight) for m in self.members], dim=-1)  # type: ignore[arg-type]
-            self._given = x
+        if x is not self._given or role != self._role or id(member) not in self._ready:
+            parts = self._compute(x, role).split([m.size for m in self.members], dim=-1)
+            self._given, self._role = x, role
             self._ready = {id(relative): part for relative, part in zip(self.members, parts, strict=True)}
         found = self._ready.pop(id(member))
         if not self._ready:
             self._given = None
         return found
 
-    def forget(self) -> None:
-        """Drop outputs that nobody asked for: another role is about to be given the same input."""
-        self._given, self._ready = None, {}
-
     def _compute(self, x: torch.Tensor, role: str | None) -> torch.Tensor:
         weight, bias = self.base()
-        additions = [(at, m.additions[role]) for at, m in enumerate(self.members) if role in m.additions]
+        starts, additions = self.additions(role)
         if not additions:
             return functional.linear(x, weight, bias)
         if role in self.held and not torch.is_grad_enabled():
             held = self.held[role]
             return linear(torch.cat([x, linear(x, held.down)], dim=-1), held.widened, bias)
-        flat: list[Any] = [tensor for _, addition in additions for tensor in (addition.down, addition.up)]
-        sizes = [len(m.base.weight.T) if m.transposed else len(m.base.weight) for m in self.members]  # type: ignore[union-attr, arg-type]
-        starts = [sum(sizes[:at]) for at, _ in additions]
-        scales = [float(addition.scale) for _, addition in additions]  # type: ignore[arg-type]
-        return _Shared.apply(x, weight, bias, starts, scales, *flat)  # type: ignore[no-any-return,no-untyped-call]
+        scales = [addition.scale for addition in additions]
+        return _Shared.apply(x, weight, bias, starts, scales, *_factors(additions))  # type: ignore[no-any-return,no-untyped-call]
+
+    def additions(self, role: str | None) -> tuple[list[int], list[Addition]]:
+        """The role's additions among the members, and at which output each begins."""
+        starts, found, at = [], [], 0
+        for member in self.members:
+            if role is not None and role in member.additions:
+                starts.append(at)
+                found.append(member.addition(role))
+            at += member.size
+        return starts, found
 
     def hold(self, role: str) -> None:
         """Keep the role's weights as decoding wants them, until `release`."""
-        additions = [(at, m.additions[role]) for at, m in enumerate(self.members) if role in m.additions]
+        starts, additions = self.additions(role)
         if not additions:
             return
         weight, _ = self.base()
-        sizes = [len(m.base.weight.T) if m.transposed else len(m.base.weight) for m in self.members]  # type: ignore[union-attr, arg-type]
-        factors: list[Any] = [tensor.detach() for _, addition in additions for tensor in (addition.down, addition.up)]  # type: ignore[operator]
-        starts = [sum(sizes[:at]) for at, _ in additions]
-        scales = [float(addition.scale) for _, addition in additions]  # type: ignore[arg-type]
+        factors = [factor.detach() for factor in _factors(additions)]
+        scales = [addition.scale for addition in additions]
         down, up = _joined_factors(factors, starts, scales, len(weight), weight.dtype)
         self.held[role] = Held(down, torch.cat([weight, up], dim=1))
 
@@ -131,6 +133,18 @@ class SharedLinear(nn.Module):
         self.base, self.additions, self._acting = base, nn.ModuleDict(), acting
         self.transposed = not isinstance(base, nn.Linear)
         self.family = Family([self])
+
+    @property
+    def size(self) -> int:
+        """The number of outputs."""
+        weight: Any = self.base.weight
+        return int(weight.shape[1 if self.transposed else 0])
+
+    def addition(self, role: str) -> Addition:
+        """The role's; it must have one."""
+        found = self.additions[role]
+        assert isinstance(found, Addition)
+        return found
 
     def add(self, role: str, addition: Addition) -> None:
         """Give `role` an addition. Its factors must have the layer's shape."""
@@ -163,6 +177,11 @@ def join_families(model: nn.Module) -> None:
                     family = Family(layers)
                     for layer in layers:
                         layer.family = family
+
+
+def _factors(additions: Sequence[Addition]) -> list[torch.Tensor]:
+    """down and up of each, one after the other."""
+    return [factor for addition in additions for factor in (addition.down, addition.up)]
 
 
 def _joined_factors(

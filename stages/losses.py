@@ -39,9 +39,9 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped surrogate; all tensors (B, T). Schulman et al. 2017, eq. 7.
 
-    The ratio is held within [1 - clip_low, 1 + clip_high]; with two bounds, Yu et al. 2025 (clip-higher). `dual_clip` > 1
-    bounds the loss of tokens with negative advantage at dual_clip x |advantage|: Ye et al. 2020, eq. 5. `weights` correct
-    for an engine that sampled from other probabilities than the trainer's; they carry no gradient.
+    The ratio is held within [1 - clip_low, 1 + clip_high]; with two bounds, Yu et al. 2025 (clip-higher).
+    `dual_clip` > 1 bounds the loss of tokens with negative advantage at dual_clip x |advantage|: Ye et al. 2020, eq. 5.
+    `weights` correct for an engine that sampled from other probabilities than the trainer's; they carry no gradient.
     """
     log_ratio = torch.where(is_response, logprobs - old_logprobs, 0)
     ratio = log_ratio.exp()

@@ -113,6 +113,6 @@ def check_value(roles: Roles, folder: Path, tokenizer: PreTrainedTokenizerBase, 
     bound = 1e-4 if dtype is torch.float32 else 5e-2
     if not abs(ours - theirs) <= bound * max(1.0, abs(ours)):
         raise RuntimeError(
-            f"the critic does not survive being saved: reloaded, it gives {theirs:.4g} where the critic in memory gives "
-            f"{ours:.4g}; nothing was published"
+            f"the critic does not survive being saved: reloaded, it gives {theirs:.4g} where the critic in memory "
+            f"gives {ours:.4g}; nothing was published"
         )

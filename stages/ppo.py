@@ -36,7 +36,7 @@ def main(recipe: PPORecipe) -> Version:
     train, settings = recipe.train, recipe.ppo
     session = Session.open(run)
     run.say(session.introduction())
-    roles, state = session.roles, session.state
+    state = session.state
 
     over_budget = False
     with (
@@ -58,7 +58,8 @@ def main(recipe: PPORecipe) -> Version:
             if over_budget:
                 # the newest weights whose KL was measured to be within the budget
                 run.say(f"KL reached {figures['kl_nats']:.2f} nats a reply, over ppo.kl_budget_nats: stopping")
-                session.restore(state.previous)
+                if state.previous:
+                    session.restore(state.previous)
                 break
             state.previous = session.snapshot()
             figures |= set_advantages(minibatches, recipe, session.spread, state.kl.value)
@@ -80,7 +81,7 @@ def main(recipe: PPORecipe) -> Version:
             if leaving:
                 raise Preempted(state.step)
 
-    metrics = session.conclude()
+    metrics = session.conclude(went_back=over_budget and bool(state.previous))
     metrics["seconds"] = round(time.monotonic() - started, 1)
     run.log(state.step, metrics)
     return run.finish(session.publish(metrics))
@@ -172,27 +173,26 @@ def set_advantages(
     return {"explained_variance": explained_variance(totals[1], totals[2]), "kl_coefficient": kl_coefficient}
 
 
-def summarise(
-    minibatches: Sequence[Sequence[Scored]], scorer: Scorer, spread: Spread
-) -> dict[str, float]:
+def summarise(minibatches: Sequence[Sequence[Scored]], scorer: Scorer, spread: Spread) -> dict[str, float]:
     """Means over the global batch of episodes; KL in nats a reply, from the reference."""
     import torch
 
-    labels = list(scorer.weights)
-    names = ["reward", "score", "kl_nats", "length", "eos_rate", "entropy", "gap", "count"]
-    sums = torch.zeros(len(names) + len(labels), dtype=torch.float64, device=spread.device)
+    # prefixed: a reward may be called length
+    labels = {f"reward/{label}": label for label in scorer.weights}
+    names = ["reward", "score", "kl_nats", "length", "eos_rate", "entropy", "gap", "count", *labels]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=spread.device)
     for scored in (scored for minibatch in minibatches for scored in minibatch if scored.batch.members):
         batch = scored.batch
         parts = [scored.total, scored.scores, scored.kl, batch.is_response, batch.ended]
         parts += [scored.entropies, scored.gap, torch.ones_like(scored.total)]
-        parts += [scored.rewards[label] for label in labels]
+        parts += [scored.rewards[label] for label in labels.values()]
         sums += torch.stack([part.double().sum() for part in parts])
-    found = dict(zip([*names, *labels], spread.sum(sums).tolist(), strict=True))
+    found = dict(zip(names, spread.sum(sums).tolist(), strict=True))
     count, tokens = found["count"], found["length"]
     figures = {name: found[name] / count for name in ("reward", "score", "kl_nats", "length", "eos_rate")}
     figures |= {"entropy_nats": found["entropy"] / tokens, "engine_gap_nats": found["gap"] / tokens}
     if len(labels) > 1:
-        figures |= {f"reward/{label}": found[label] / count for label in labels}
+        figures |= {name: found[name] / count for name in labels}
     return figures
 
 

@@ -92,7 +92,7 @@ def _encode(
 
 
 def _ptx(run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase) -> list[TextRow]:
-    """Documents, whole in the loss, and dialogues, the assistant's turns in the loss, in pieces of an episode's length."""
+    """Documents, all of them in the loss, and dialogues, the assistant's turns; in pieces of an episode's length."""
     from baton.chat import encode_dialogue, has_control_text
 
     recipe = run.recipe

@@ -14,13 +14,12 @@ from torch import nn
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
 from baton.recipe import Lora
 from stages.adapters import attach, attach_new, save_adapter
+from stages.attention import choose_attention
 from stages.logprobs import TokenLogprobs, token_logprobs
 from stages.lora import Acting, Addition, SharedLinear, families, join_families
 from stages.micro_batch import MicroBatch
 
 POLICY, REFERENCE, VALUE = "policy", "reference", "value"
-EAGER_BELOW = 512
-"""On a CPU, attention by plain products beats the fused kernel's backward pass up to about this many tokens."""
 
 Critic = Literal["adapter", "shared", "separate"]
 
@@ -112,9 +111,7 @@ class Roles(nn.Module):
         if cast.critic == "separate":
             from transformers import AutoModelForSequenceClassification
 
-            self.value_model: Any = self._own_copy(
-                AutoModelForSequenceClassification, cast.critic_start, num_labels=1
-            )
+            self.value_model: Any = self._own_copy(AutoModelForSequenceClassification, cast.critic_start, num_labels=1)
             if start is None:
                 self.value_model.score.weight.data.zero_()
             self.value_head = self.value_model.score
@@ -123,7 +120,8 @@ class Roles(nn.Module):
             if cast.critic_start is not None:
                 self._attach(VALUE, cast.critic_start)
             else:
-                lora = cast.lora or _lora_of(self._configs[REFERENCE])
+                held = self._configs.get(REFERENCE)
+                lora = cast.lora or (_lora_of(held) if held else Lora())
                 self._configs[VALUE] = attach_new(self.shared, VALUE, lora, self._acting, self._seed + 1)
         # a head that was trained on another role's states says nothing about these: zero is an honest start
         self.value_head = _head(start if cast.critic == "adapter" else None, hidden)
@@ -218,6 +216,9 @@ class Roles(nn.Module):
         """The policy's and the critic's, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def settle(self) -> None:
+        """Do nothing: sharding wants to be called first from the outside."""
+
     def additions(self, role: str) -> list[Any]:
         """The role's low-rank additions, layer by layer."""
         layers = (module for module in self.shared.modules() if isinstance(module, SharedLinear))
@@ -257,11 +258,14 @@ class Roles(nn.Module):
 
     def _hidden(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         """The last hidden states (B, L, H)."""
-        if batch.input_ids.device.type == "cpu":
-            short = batch.input_ids.shape[1] < EAGER_BELOW
-            model.config._attn_implementation = "eager" if short else "sdpa"
+        before = model.config._attn_implementation
+        if self._on_cpu:
+            choose_attention(model, batch.input_ids.shape[1])
         decoder = getattr(model, model.base_model_prefix)
-        return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        try:
+            return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        finally:
+            model.config._attn_implementation = before  # decoding wants the fused kernel
 
     def _at_responses(
         self,
@@ -317,7 +321,9 @@ def _head(weight: torch.Tensor | None, hidden: int) -> nn.Linear:
 def _lora_of(config: dict[str, Any]) -> Lora:
     """Settings for a new adapter like the one with this configuration."""
     targets = config["target_modules"]
-    return Lora(r=config["r"], alpha=int(config["lora_alpha"]), targets=targets if targets == "all-linear" else sorted(targets))
+    return Lora(
+        r=config["r"], alpha=int(config["lora_alpha"]), targets=targets if targets == "all-linear" else sorted(targets)
+    )
 
 
 def _save_as(model: Any, base: Path, folder: Path) -> None:
@@ -326,12 +332,19 @@ def _save_as(model: Any, base: Path, folder: Path) -> None:
 
     dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: item.detach().to(dtype) for key, item in model.state_dict().items()}
+    # not state_dict(): it would shard again what was gathered for saving
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kept = set(model.state_dict(keep_vars=True)) if not _is_sharded(model) else set(dict(model.named_parameters()))
+    state = {key: item.detach().to(dtype).clone() for key, item in held.items() if key in kept}
     before, model.config.dtype = model.config.dtype, dtype
     try:
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.config.dtype = before
+
+
+def _is_sharded(model: Any) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or hasattr(model, "unshard")
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from baton.decode import Choice, Reply, decode
+from stages.logprobs import LEAST_EXPONENT
 
 SAMPLING_STREAM, ORDER_STREAM = 0, 1
 
@@ -121,17 +122,17 @@ def sample_replies(
 def inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> Choice:
     """The first token whose cumulative softmax exceeds `uniform`, and its log-probability.
 
-    logits (N, V) of at least float32, uniform (N,) float64 in [0, 1). Weights are summed in float64, by blocks first:
-    only the block that the draw falls into is summed token by token.
+    logits (N, V) of at least float32, uniform (N,) float64 in [0, 1). Weights are summed by blocks first, and the
+    blocks' sums in float64: only the block that the draw falls into is summed token by token.
     """
     count, size = logits.shape
     blocks = -(-size // BLOCK)
     weights = logits.new_empty(count, blocks * BLOCK)
     weights[:, size:] = 0
     highest = logits.amax(-1, keepdim=True)
-    torch.sub(logits, highest, out=weights[:, :size]).exp_()
+    torch.sub(logits, highest, out=weights[:, :size]).clamp_(min=LEAST_EXPONENT).exp_()
     weights = weights.view(count, blocks, BLOCK)
-    below = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    below = weights.sum(-1).cumsum(-1, dtype=torch.float64)
     total = below[:, -1]
     block = _first_above(below, uniform * total)
     chosen = block[:, None]

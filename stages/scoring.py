@@ -73,7 +73,9 @@ class Scorer:
         wanted = {source.label: source for source in recipe.rewards}
         wanted |= {GOLD: recipe.gold} if recipe.gold is not None else {}
         if GOLD in self.weights:
-            raise UserError(f"{recipe.path}: a reward is called {GOLD}, which is kept for the reward that is not optimised")
+            raise UserError(
+                f"{recipe.path}: a reward is called {GOLD}, which is kept for the reward that is not optimised"
+            )
         for label, setting in wanted.items():
             version = versions.get(label)
             if version is not None and shares_base(sft, version):
@@ -89,7 +91,9 @@ class Scorer:
                 max_tokens=recipe.train.tokens_per_micro_batch,
             )
             if version is not None:
-                run.say(f"{version.ref} has a base or tokenizer of its own: it reads replies as text, by its own template")
+                run.say(
+                    f"{version.ref} has a base or tokenizer of its own: it reads replies as text, by its own template"
+                )
 
     def groups(self, episodes: Sequence[Episode]) -> list[MicroBatch]:
         """Micro-batches under the token budget, as many on every rank."""
@@ -174,7 +178,8 @@ class Scorer:
     def check_agreement(self, engine: torch.Tensor, scored: Scored) -> None:
         """Stop where the engine samples from another policy than the one that is trained."""
         chosen = scored.batch.is_response
-        if chosen.any() and float(scored.gap[chosen].mean()) > self.recipe.rollout.drift_nats:
+        # a gap that is no number is a drift, too
+        if chosen.any() and not float(scored.gap[chosen].mean()) <= self.recipe.rollout.drift_nats:
             pairs = [(engine[at][mask], scored.old_logprobs[at][mask]) for at, mask in enumerate(chosen)]
             limit = self.recipe.rollout.drift_nats
             check_engine([ours.tolist() for ours, _ in pairs], [theirs.tolist() for _, theirs in pairs], limit)
@@ -188,11 +193,3 @@ def engine_logprobs(episodes: Sequence[Episode], batch: MicroBatch, trainer: tor
         if given:
             found[at, : len(given)] = torch.tensor(given, dtype=found.dtype, device=found.device)
     return found
-
-
-def policy_and_reference(roles: Roles, role: str, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (B, T) of a micro-batch under `role` and under the reference."""
-    with torch.no_grad():
-        ours = roles.logprobs(role, batch).logprobs
-        return ours, ours if role == REFERENCE else roles.logprobs(REFERENCE, batch).logprobs
-

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from baton.build import shares_base
+from baton.decode import PREFILL_TOKENS
 from baton.models import base_folder, load_tokenizer
 from baton.questions import ask, load_questions
 from baton.recipe import PPORecipe
@@ -20,6 +21,7 @@ from stages.estimate import BatchPlan, Shape, Weights, available_bytes, estimate
 from stages.evaluation import Best, Judged, sample_table, trim_samples, write_samples
 from stages.held_out import HeldOut
 from stages.kl import KLCoefficient
+from stages.logprobs import TILES
 from stages.outcome import publish
 from stages.ppo_checkpoint import (
     load_checkpoint,
@@ -138,6 +140,8 @@ class Session:
             stop_ids=stop_ids(tokenizer),
             pad_id=scorer.pad_id,
             folder=run.folder / "engine",
+            agreed=lambda text: str(spread.collect(text)[0]),
+            is_main=run.is_main,
         )
         updater = Updater(recipe, roles, spread, prompts.ptx, scorer.pad_id)
         held_out = HeldOut(prompts.eval, scorer, roles, tokenizer)
@@ -163,6 +167,8 @@ class Session:
         ranks = [addition.down.shape[0] for addition in roles.additions(POLICY)]
         rollout, train = recipe.rollout, recipe.train
         longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+        tile = TILES.get(self.spread.device.type, TILES["cuda"])
+        share = train.episodes_per_batch // self.spread.world
         estimate = estimate_memory(
             shape,
             [Weights("all roles", total, trained, next(roles.shared.parameters()).element_size())],
@@ -171,15 +177,14 @@ class Session:
             graphs=1,
             micro_batch_tokens=train.tokens_per_micro_batch,
             longest_tokens=longest,
-            logits_rows=85,
-            rollout_rows=min(rollout.rows, train.episodes_per_batch // self.spread.world),
-            prefill_tokens=min(rollout.rows, train.episodes_per_batch) * rollout.max_prompt_tokens,
+            logits_rows=tile[0] * tile[1] // shape.vocabulary + 1,
+            rollout_rows=min(rollout.rows, share),
+            prefill_tokens=min(PREFILL_TOKENS, min(rollout.rows, share) * rollout.max_prompt_tokens),
             shards=self.spread.world if self.spread.sharded else 1,
             on_cpu=self.spread.device.type == "cpu",
             available=available_bytes(self.spread.device, self.spread.world),
         )
-        lines += [estimate.text(), *([estimate.warning] if estimate.warning else [])]
-        return "\n".join(lines)
+        return "\n".join([*lines, estimate.text()])
 
     def snapshot(self) -> Snapshot:
         """A copy of everything that is trained."""
@@ -208,7 +213,7 @@ class Session:
 
     def _sound(self, figures: dict[str, float]) -> None:
         for alarm in self.state.alarms.check(self.state.step, figures):
-            self.run.say(f"alarm at step {self.state.step}: {alarm.name}: {alarm.message}")
+            self.run.say(f"alarm at step {alarm.step}: {alarm.message}")
             self.run.log(self.state.step, {"alarm": alarm.name, "message": alarm.message})
 
     def evaluate(self) -> dict[str, float]:
@@ -218,40 +223,49 @@ class Session:
         self.run.log(state.step, metrics)
         self._track(metrics)
         self._sound(metrics)
-        self.write_samples(rows)
+        self.write_samples(rows, state.step)
         if state.best.offer(state.step, metrics):
             state.best_weights = self.snapshot()
         return metrics
 
-    def write_samples(self, rows: list[Judged]) -> None:
-        """Add the step's samples to samples.jsonl."""
+    def write_samples(self, rows: list[Judged], step: int) -> None:
+        """Add a step's samples to samples.jsonl. The reference is judged by all ranks: it has been by now."""
+        before = self.held_out.reference
         if self.run.is_main:
-            write_samples(self.run.folder / "samples.jsonl", self.state.step, self.held_out.reference, rows, append=True)
+            write_samples(self.run.folder / "samples.jsonl", step, before, rows, append=True)
 
-    def conclude(self) -> dict[str, float]:
-        """Choose the weights to publish, and measure them: the best within the KL budget. A collective."""
+    def conclude(self, *, went_back: bool = False) -> dict[str, float]:
+        """Choose the weights to publish, and measure them: the best within the KL budget. A collective.
+
+        `went_back`: the weights are those before the last update already.
+        """
         run, state, budget = self.run, self.state, self.run.recipe.ppo.kl_budget_nats
         metrics: dict[str, float] = {}
+        step = state.step - went_back
         if self.prompts.eval:
             metrics, rows = self.held_out.measure()
-            is_best = state.best.offer(state.step, metrics)
+            is_best = state.best.offer(step, metrics)
             if not is_best and state.best.step is not None:
                 run.say(f"step {state.best.step} had the highest held-out reward within the budget: it is published")
                 self.restore(state.best_weights)
                 metrics, rows = self.held_out.measure()
-            elif not is_best and state.previous:
+            elif not is_best and state.previous and not went_back:
                 # only held-out prompts have seen the weights after the last update
-                run.say(f"held-out KL is {metrics['eval/kl_nats']:.2f} nats a reply, over ppo.kl_budget_nats: one update back")
+                kl_nats = metrics["eval/kl_nats"]
+                run.say(f"held-out KL is {kl_nats:.2f} nats a reply, over ppo.kl_budget_nats: one update back")
                 self.restore(state.previous)
+                step -= 1
                 metrics, rows = self.held_out.measure()
             if budget and metrics["eval/kl_nats"] > budget:
-                run.say(f"warning: held-out KL is still {metrics['eval/kl_nats']:.2f} nats a reply; it is in the metrics")
-            metrics["published_step"] = state.best.step if state.best.step is not None else state.step
-            self.write_samples(rows)
+                run.say(
+                    f"warning: held-out KL is still {metrics['eval/kl_nats']:.2f} nats a reply; it is in the metrics"
+                )
+            metrics["published_step"] = state.best.step if state.best.step is not None else step
+            self.write_samples(rows, int(metrics["published_step"]))
             if run.is_main and run.recipe.samples:
                 from rich.console import Console
 
-                Console(width=110).print(sample_table(self.held_out.reference, rows, run.recipe.samples))
+                Console().print(sample_table(self.held_out.reference, rows, run.recipe.samples))
         if self.prompts.questions:
             for role, suffix in ((REFERENCE, "_before"), (POLICY, "")):
                 with self.spread.gathered(), self.roles.acting_as(role) as model:
@@ -304,4 +318,3 @@ class Session:
         found = self.snapshot()
         self.restore(now)
         return found
-

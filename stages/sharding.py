@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from baton.errors import UserError
 from stages.roles import Roles
 
 
@@ -38,6 +39,8 @@ class Spread:
         """Shard the weights in place where FSDP2 was asked for; what the loop calls is then used like a forward."""
         if not self.sharded:
             return
+        if getattr(self.plugin, "fsdp_version", 1) != 2:
+            raise UserError("PPO spreads weights by FSDP2: set fsdp_version: 2 in the accelerate configuration")
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
         reshard = bool(self.plugin.reshard_after_forward)
@@ -49,11 +52,14 @@ class Spread:
         for layer in roles.blocks():
             fully_shard(layer, reshard_after_forward=reshard, **settings)
             self._groups.append((layer, reshard))
-        # the root's own (embeddings, final norm, output layer) are needed at the end and at once again in backward
-        fully_shard(roles, reshard_after_forward=False, **settings)
-        self._groups.append((roles, False))
-        for method in ("policy", "logprobs", "values", "scores"):
+        # the rest too: a root that stays gathered after a forward would hide its DTensors from whoever asks for the
+        # parameters, and keep old weights when others are restored
+        fully_shard(roles, reshard_after_forward=True, **settings)
+        self._groups.append((roles, True))
+        for method in ("policy", "logprobs", "values", "scores", "settle"):
             register_fsdp_forward_method(roles, method)
+        # decoding calls a model inside the roles: it must not be the first call: its layers would become roots
+        roles.settle()
 
     def maximum(self, number: int) -> int:
         """The largest of the ranks' numbers. A collective."""
@@ -87,7 +93,7 @@ class Spread:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """All parameters whole on every rank, without a collective inside: ranks may decode different numbers of tokens.
+        """All parameters whole on every rank, no collective inside: ranks may decode different numbers of tokens.
 
         A collective at the beginning: every rank enters.
         """
@@ -157,6 +163,7 @@ class Spread:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
+
 
 def _square(grads: list[torch.Tensor], device: Any) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ from stages.scoring import Scored
 from stages.sharding import Spread
 
 RATIO_BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-3}
-"""By the number format of the forward pass: how far from 1 a ratio may be before the first update, by rounding alone."""
+"""How far from 1 a ratio may be before the first update, by rounding alone, in each number format."""
 PTX_SEED = 0x9797
 FIGURES = ("policy", "value", "clipped", "value_clipped", "approx_kl", "kl_loss", "entropy", "tokens", "states")
 
@@ -141,9 +141,7 @@ class Updater:
         }
         return loss, _figures(numbers, self.device)
 
-    def value_part(
-        self, scored: Scored, values: torch.Tensor, deviation: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_part(self, scored: Scored, values: torch.Tensor, deviation: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The critic's loss times its coefficient, a sum over states, and its FIGURES."""
         settings, is_state = self.recipe.ppo, scored.batch.is_state
         found = value_loss(values, scored.old_values, scored.returns, is_state, settings.clip_value * deviation)

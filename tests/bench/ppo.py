@@ -4,7 +4,7 @@
     python tests/bench/ppo.py --model DIR --prompts hh.jsonl.gz --peer PEER --peer-script trl_ppo.py --runs 3
 
 Both get the same model, number format, prompts (HH transcripts; those that fit into --prompt-tokens), batch, epochs,
-response length, sampling temperature and LoRA. Each run is a process of its own, and the sides take turns; medians count.
+response length, sampling temperature and LoRA. Each run is a process of its own; the sides take turns; medians count.
 Times are those of the training steps, without loading; memory is the process's peak (on a GPU, the allocator's).
 The model must have a chat template. `--json` prints one object with `speedup` and `memory_ratio` by critic.
 """
@@ -60,14 +60,18 @@ def fitting_prompts(args: argparse.Namespace, to: Path) -> int:
             first = json.loads(line)["chosen"].split("\n\nHuman:")[1].split("\n\nAssistant:")[0].strip()
             ids = encode_prompt(tokenizer, [{"role": "user", "content": first}])
             if len(ids) <= args.prompt_tokens:
-                lines.append(json.dumps({"chosen": f"\n\nHuman: {first}\n\nAssistant: a", "rejected": "", "prompt": first}))
+                lines.append(
+                    json.dumps({"chosen": f"\n\nHuman: {first}\n\nAssistant: a", "rejected": "", "prompt": first})
+                )
                 tokens += len(ids)
             if len(lines) == wanted:
                 break
     assert len(lines) == wanted, f"only {len(lines)} prompts fit"
     with gzip.open(to / "hh.jsonl.gz", "wt") as out:
         out.write("\n".join(lines) + "\n")
-    (to / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": json.loads(line)["prompt"]}) for line in lines) + "\n")
+    (to / "prompts.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": json.loads(line)["prompt"]}) for line in lines) + "\n"
+    )
     return tokens
 
 
@@ -137,7 +141,16 @@ def train_once(path: Path) -> None:
     steps = [row for row in rows if "time/update_s" in row]
     parts = {name: sum(row[f"time/{name}_s"] for row in steps) for name in ("rollout", "score", "update")}
     tokens = sum(row["length"] for row in steps) * recipe.train.episodes_per_batch
-    print(json.dumps({"seconds": sum(parts.values()), **parts, "peak_gb": max(r["memory/peak_gb"] for r in steps), "tokens": tokens}))
+    print(
+        json.dumps(
+            {
+                "seconds": sum(parts.values()),
+                **parts,
+                "peak_gb": max(r["memory/peak_gb"] for r in steps),
+                "tokens": tokens,
+            }
+        )
+    )
 
 
 def run_peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -172,12 +185,14 @@ def matrix_rate(model: Path, dtype: str, tokens: int) -> tuple[float, int]:
         rates.append(2 * x.numel() * len(weight) / (time.perf_counter() - start))
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
-    count = sum(m.weight.numel() for n, m in shell.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n)
+    count = sum(
+        m.weight.numel() for n, m in shell.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    )
     return statistics.median(rates), count
 
 
 def floors(args: argparse.Namespace, prompt_tokens: int, response_tokens: float, critic: str) -> dict[str, float]:
-    """Seconds of matrix products alone, by part: forward 2 FLOPs a parameter and token, backward as much (frozen base)."""
+    """Seconds of matrix products alone: 2 FLOPs a parameter and token forward, as much backward (frozen base)."""
     tokens = prompt_tokens + response_tokens
     rate, count = matrix_rate(args.model, args.dtype, args.tokens_per_micro_batch)
     one_pass = 2 * count * tokens / rate
@@ -226,7 +241,10 @@ def report(args: argparse.Namespace, results: dict[str, list[dict[str, Any]]], p
     for side in results:
         ratio = f"{found['speedup'][side]:5.2f}x" if args.peer and side != "peer" else "      "
         share = f"{found['memory_ratio'][side]:5.2f}x" if args.peer and side != "peer" else "      "
-        print(f"{side:10} {found['episodes_per_s'][side]:7.3f} episodes/s {ratio}  {found['peak_gb'][side]:6.2f} GB {share}")
+        print(
+            f"{side:10} {found['episodes_per_s'][side]:7.3f} episodes/s {ratio}"
+            f"  {found['peak_gb'][side]:6.2f} GB {share}"
+        )
     for critic in args.critic:
         parts, floor = found["seconds"][critic], found["floor_s"][critic]
         text = "  ".join(f"{name} {parts[name]:.2f} s (floor {floor[name]:.2f})" for name in parts)

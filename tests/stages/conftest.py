@@ -140,12 +140,9 @@ def oracle(make_oracle: Callable[..., Oracle]) -> Oracle:
 
 
 @pytest.fixture
-def make_roles(role_folders: RoleFolders, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def make_roles(role_folders: RoleFolders) -> Callable[..., Any]:
     """The roles of Baton in float64; by default as adapters on one base, at temperature 0.7."""
     from dataclasses import replace
-
-    # transformers' eager attention takes its softmax in float32 whatever the weights are: no 1e-8 from there
-    monkeypatch.setattr("stages.roles.EAGER_BELOW", 0)
 
     from stages.roles import Cast, Roles
 
@@ -261,8 +258,7 @@ class Trial:
         share = len(episodes) // settings.minibatches
         rows = rows or [PromptRow([{"role": "user", "content": "?"}], e.prompt, {}) for e in episodes]
         minibatches = [
-            self.scorer.score(episodes[at : at + share], rows[at : at + share])
-            for at in range(0, len(episodes), share)
+            self.scorer.score(episodes[at : at + share], rows[at : at + share]) for at in range(0, len(episodes), share)
         ]
         set_scores(minibatches, self.recipe, self.scorer.spread, self.raw_scale, self.scale)
         set_advantages(minibatches, self.recipe, self.scorer.spread, settings.kl_coefficient)

@@ -1,285 +1,227 @@
-"""PPO's loop: one whole update against a slow and obvious one, its checks, its budget, and going on after a kill."""
+"""PPO's loop in whole tiny runs: what each setting changes, its stops, its refusals, and going on after a kill."""
 
-import copy
-import math
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from baton.errors import UserError
 from baton.recipe import PPORecipe
 from stages import ppo
-from stages.rollout import make_micro_batch
 
-CPU = torch.device("cpu")
-TEMPERATURE = 0.7
+QUICK = ["data.eval=[]", "data.questions=[]", "train.steps=2"]
+RULES = '''
+"""Rewards for a test, beside its recipe's run."""
+
+
+def share_of_vowels(*, prompts, responses, token_ids, columns, times=1.0):
+    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+    return [times * sum(letter in "aeiou" for letter in text) / (len(text) + 1) for text in responses]
+
+
+def length(*, prompts, responses, token_ids, columns):
+    return [len(ids) / 8 for ids in token_ids]
+
+
+def broken(*, prompts, responses, token_ids, columns):
+    return [float("nan") if at == 1 else 0.0 for at in range(len(responses))]
+'''
 
 
 @pytest.fixture(scope="module")
-def recipe() -> PPORecipe:
-    """Settings of which none is neutral; the warm-up halves the first step's learning rates."""
-    return PPORecipe.model_validate(
-        {
-            "stage": "ppo",
-            "sft": "t/s:1",
-            "reward": "t/r:1",
-            "run_dir": "unused",
-            "publish": {"name": "t/p"},
-            "data": {"train": [{"path": "x"}]},
-            "rollout": {"max_new_tokens": 6, "temperature": TEMPERATURE},
-            "ppo": {
-                "epochs": 2,
-                "minibatches": 2,
-                "kl_coefficient": 0.3,
-                "clip_ratio": 0.1,
-                "clip_value": 0.3,
-                "value_coefficient": 0.5,
-                "gamma": 0.9,
-                "lam": 0.8,
-                "missing_eos_penalty": 2.0,
-            },
-            "train": {
-                "steps": 10,
-                "episodes_per_batch": 8,
-                "learning_rate": 0.02,
-                "critic_learning_rate": 0.05,
-                "warmup_steps": 2,
-                "weight_decay": 0.1,
-                "adam_beta2": 0.95,
-                "max_grad_norm": 0.5,
-            },
-        }
+def shared_chain(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One copy for many short runs: versions pile up in its registry."""
+    return tiny_chain.unpublished("ppo", tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture
+def short_run(shared_chain: Any) -> Callable[..., tuple[Any, list[dict[str, Any]]]]:
+    """Two steps with `overrides`: the version that they publish, and their metrics."""
+
+    def run(*overrides: str) -> tuple[Any, list[dict[str, Any]]]:
+        shutil.rmtree(shared_chain.run_dir("ppo"), ignore_errors=True)
+        version = ppo.main(shared_chain.recipe("ppo", *QUICK, *overrides))
+        return version, [row for row in shared_chain.metrics("ppo") if "reward" in row]
+
+    return run
+
+
+@pytest.fixture
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module RULES, where Python looks for modules."""
+    (tmp_path / "tiny_rules.py").write_text(RULES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "tiny_rules"
+
+
+def published_tensors(version: Any, chain: Any) -> dict[str, torch.Tensor]:
+    return load_file(chain.registry.materialise(version) / "adapter_model.safetensors")
+
+
+def weights(version: Any) -> dict[str, str]:
+    return {e["path"]: e["sha256"] for e in version.manifest["files"] if e["path"].endswith(".safetensors")}
+
+
+CHANGES = {
+    "epochs": "3",
+    "minibatches": "1",
+    "critic": "shared",
+    "critic_warmup_steps": "1",
+    "kl_coefficient": "0.5",
+    "kl_in": "loss",
+    "kl_estimator": "k2",
+    "kl_target_nats": "0.5",
+    "kl_horizon_episodes": "20",
+    "kl_budget_nats": "1e-7",
+    "kl_minibatch_stop_nats": "1e-9",
+    "clip_ratio": "0.001",
+    "clip_ratio_high": "0.5",
+    "dual_clip": "1.00001",
+    "clip_value": "100.0",
+    "value_coefficient": "5.0",
+    "entropy_coefficient": "0.5",
+    "gamma": "0.5",
+    "lam": "0.5",
+    "whiten_advantages": "false",
+    "normalise_reward": "true",
+    "clip_reward": "0.01",
+    "missing_eos": "replace",
+    "missing_eos_penalty": "3.0",
+    "overlong_tokens": "4",
+    "overlong_penalty": "9.0",
+    "score_after_eos": "true",
+    "ptx_coefficient": "0.5",
+}
+# what a setting is about must be there for it to matter
+BESIDES = {
+    "kl_in": ["ppo.kl_estimator=k2"],
+    "kl_estimator": ["ppo.kl_in=loss", "ppo.kl_coefficient=1.0", "ppo.kl_estimator=k3"],
+    "kl_horizon_episodes": ["ppo.kl_target_nats=0.4"],
+    "clip_ratio_high": ["ppo.clip_ratio=0.002"],
+    "dual_clip": ["ppo.clip_ratio=0.00001"],
+    "overlong_penalty": ["ppo.overlong_tokens=5"],
+    "critic_warmup_steps": ["publish_value=null"],
+}
+AFTER_SHARED = {"ptx_coefficient": ["data.ptx=[{path: world/dialogues.jsonl}]"]}
+
+
+def test_every_setting_of_the_algorithm_is_tried() -> None:
+    from baton.ppo_sections import Algorithm
+
+    assert set(CHANGES) == set(Algorithm.model_fields)
+
+
+@pytest.fixture(scope="module")
+def plain_runs() -> dict[tuple[str, ...], Any]:
+    """Runs without the setting, by what stands besides: made once."""
+    return {}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_each_setting_changes_what_is_published(
+    setting: str, short_run: Callable[..., Any], plain_runs: dict[tuple[str, ...], Any]
+) -> None:
+    besides = tuple(["train.learning_rate=0.01", *BESIDES.get(setting, [])])
+    if besides not in plain_runs:
+        plain_runs[besides] = short_run(*besides)[0]
+    more = AFTER_SHARED.get(setting, [])
+    changed, rows = short_run(*besides, f"ppo.{setting}={CHANGES[setting]}", *more)
+    assert all(torch.isfinite(torch.tensor([v for v in row.values() if isinstance(v, float)])).all() for row in rows)
+    assert weights(changed) != weights(plain_runs[besides]), f"{setting} changes nothing"
+
+
+def test_a_function_several_rewards_and_gold(shared_chain: Any, rules: str) -> None:
+    """Weighted and logged by themselves; gold is measured on held-out prompts and never optimised."""
+    shutil.rmtree(shared_chain.run_dir("ppo"), ignore_errors=True)
+    rewards = (
+        f"reward=[{{model: 'tiny/reward:candidate', weight: 0.5}}, "
+        f"{{function: '{rules}:share_of_vowels', weight: 2.0, arguments: {{times: 3.0}}}}]"
     )
+    overrides = [rewards, f"gold={{function: '{rules}:length'}}", "train.steps=2", "data.questions=[]"]
+    version = ppo.main(shared_chain.recipe("ppo", *overrides, "train.eval_every=1"))
+    rows = shared_chain.metrics("ppo")
+    steps = [row for row in rows if "reward" in row]
+    for row in steps:
+        expected = 0.5 * row["reward/reward"] + 2.0 * row["reward/share_of_vowels"]
+        assert row["reward"] == pytest.approx(expected, abs=1e-5)
+        assert row["reward/share_of_vowels"] > 0 and "gold" not in str(sorted(row))
+    evaluations = [row for row in rows if "eval/gold" in row]
+    assert len(evaluations) >= 2
+    for row in evaluations:
+        assert row["eval/gold"] == pytest.approx(row["eval/length"] / 8)
+        expected = 0.5 * row["eval/reward/reward"] + 2.0 * row["eval/reward/share_of_vowels"]
+        assert row["eval/reward"] == pytest.approx(expected, abs=1e-5)
+    samples = [json.loads(line) for line in (shared_chain.run_dir("ppo") / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {1, 2} and {"gold", "rewards", "kl_nats"} <= set(samples[0])
+    assert set(version.manifest["parents"]) >= {"sft", "reward"}
+    # with another gold the same policy comes out
+    shutil.rmtree(shared_chain.run_dir("ppo"), ignore_errors=True)
+    other = ppo.main(shared_chain.recipe("ppo", rewards, "train.steps=2", "data.questions=[]", "train.eval_every=1"))
+    assert weights(other) == weights(version)
 
 
-def scored(roles: Any, episodes: list[Any], recipe: PPORecipe, size: int) -> list[Any]:
-    """Episodes in micro-batches of `size`, scored and with their advantages."""
-    batches = [
-        ppo.score_episodes(roles, make_micro_batch(episodes[at : at + size], 2, CPU), recipe)
-        for at in range(0, len(episodes), size)
-    ]
-    ppo.set_advantages(batches, recipe, Accelerator(cpu=True))
-    return batches
+def test_a_rule_alone_is_reward_enough(shared_chain: Any, rules: str, short_run: Callable[..., Any]) -> None:
+    """No reward model: the critic's adapter is new and its head starts at zero. A name that is a metric's, too."""
+    version, rows = short_run(f"reward=[{{function: '{rules}:share_of_vowels', name: length, weight: 0.5}}]")
+    assert rows[0]["length"] > 1 and 0 < rows[0]["reward"] < 0.5
+    value = published_tensors(shared_chain.registry.resolve("tiny/value:candidate"), shared_chain)
+    assert any("score" in key and tensor.any() for key, tensor in value.items())
+    assert "reward" not in version.manifest["parents"]
 
 
-def one_step(roles: Any, batches: list[Any], recipe: PPORecipe) -> dict[str, float]:
-    """The first step's update, as main makes it."""
-    accelerator, scale = Accelerator(cpu=True), ppo.RunningScale()
-    scale.add(ppo.global_sum(accelerator, torch.cat([batch.scores for batch in batches])))
-    optimizer = ppo.make_optimizer(roles, recipe)
-    ppo.set_learning_rates(optimizer, recipe, 0)
-    return ppo.update(roles, roles, optimizer, batches, recipe, scale.deviation, accelerator, is_first=True)
-
-
-class SlowPPO:
-    """The same step by plain loops over episodes and tokens, on four separate models."""
-
-    def __init__(self, oracle: Any, episodes: list[Any], recipe: PPORecipe) -> None:
-        self.oracle, self.recipe = oracle, recipe
-        self.rows = [(episode.prompt, episode.reply.ids) for episode in episodes]
-        with torch.no_grad():
-            self.old = [oracle.logprobs(oracle.policy, *row, TEMPERATURE) for row in self.rows]
-            reference = [oracle.logprobs(oracle.reference, *row, TEMPERATURE) for row in self.rows]
-            self.old_values = [oracle.values(*row) for row in self.rows]
-        self.scores = [
-            oracle.score(*row) - (0.0 if episode.reply.ended else recipe.ppo.missing_eos_penalty)
-            for row, episode in zip(self.rows, episodes, strict=True)
-        ]
-        self.kl = [(ours - theirs).tolist() for ours, theirs in zip(self.old, reference, strict=True)]
-        raw = [self.advantages(at) for at in range(len(self.rows))]
-        self.returns = [
-            [a + float(v) for a, v in zip(row, values, strict=True)]
-            for row, values in zip(raw, self.old_values, strict=True)
-        ]
-        flat = [a for row in raw for a in row]
-        mean = sum(flat) / len(flat)
-        deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
-        self.whitened = [[(a - mean) / (deviation + 1e-8) for a in row] for row in raw]
-
-    def advantages(self, at: int) -> list[float]:
-        """The sum over what follows of (gamma lambda)^l times each temporal difference."""
-        settings, values = self.recipe.ppo, self.old_values[at].tolist()
-        rewards = [-settings.kl_coefficient * kl for kl in self.kl[at]]
-        rewards[-1] += self.scores[at]
-        later = [*values[1:], 0.0]
-        deltas = [r + settings.gamma * after - v for r, after, v in zip(rewards, later, values, strict=True)]
-        decay = settings.gamma * settings.lam
-        return [sum(decay**step * delta for step, delta in enumerate(deltas[t:])) for t in range(len(deltas))]
-
-    def loss(self, members: range) -> torch.Tensor:
-        """Policy and value loss of one minibatch, a mean over its tokens."""
-        settings, total, count = self.recipe.ppo, torch.zeros((), dtype=torch.float64), 0
-        mean_score = sum(self.scores) / len(self.scores)
-        deviation = math.sqrt(sum((s - mean_score) ** 2 for s in self.scores) / len(self.scores))
-        reach = settings.clip_value * deviation
-        for at in members:
-            new = self.oracle.logprobs(self.oracle.policy, *self.rows[at], TEMPERATURE)
-            values = self.oracle.values(*self.rows[at])
-            for t in range(len(new)):
-                ratio, advantage = (new[t] - self.old[at][t]).exp(), self.whitened[at][t]
-                bounded = ratio.clamp(1 - settings.clip_ratio, 1 + settings.clip_ratio)
-                total = total - torch.minimum(ratio * advantage, bounded * advantage)
-                old_value, goal = self.old_values[at][t], self.returns[at][t]
-                near = old_value + (values[t] - old_value).clamp(-reach, reach)
-                error = torch.maximum((values[t] - goal) ** 2, (near - goal) ** 2)
-                total = total + settings.value_coefficient * 0.5 * error
-                count += 1
-        return total / count
-
-    def run(self) -> None:
-        """Two epochs of two minibatches, contiguous, in the same order each time."""
-        train = self.recipe.train
-        groups = [
-            [p for p in model.parameters() if p.requires_grad]
-            for model in (self.oracle.policy, self.oracle.value_model)
-        ]
-        assert train.critic_learning_rate
-        rates = (train.learning_rate / 2, train.critic_learning_rate / 2)
-        optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True)],
-            betas=(0.9, train.adam_beta2),
-            eps=1e-5,
-            weight_decay=train.weight_decay,
-        )
-        for _ in range(2):
-            for members in (range(0, 4), range(4, 8)):
-                optimizer.zero_grad()
-                self.loss(members).backward()
-                parameters = groups[0] + groups[1]
-                norm = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters))
-                assert norm > train.max_grad_norm, "the clip should be active"
-                for parameter in parameters:
-                    parameter.grad *= train.max_grad_norm / (norm + 1e-6)
-                optimizer.step()
-
-
-def adapter(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """The LoRA tensors of one adapter under their names in a PEFT file."""
-    from peft import get_peft_model_state_dict
-
-    return {
-        key.replace("base_model.model.model.", ""): tensor.detach()
-        for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()
-        if "lora_" in key
-    }
-
-
-def test_one_update_equals_a_slow_and_obvious_one(
-    roles: Any, oracle: Any, episodes: list[Any], recipe: PPORecipe
+@pytest.mark.parametrize("source", ["function", "model"])
+def test_a_reward_that_is_no_number_stops_with_the_row(
+    source: str, shared_chain: Any, rules: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = SlowPPO(oracle, episodes, recipe)
-    slow.run()
-    start = adapter(roles.peft, "policy")
-    start = {key: tensor.clone() for key, tensor in start.items()}
-    one_step(roles, scored(roles, episodes, recipe, 2), recipe)
-    for role, theirs in (("policy", oracle.policy), ("value", oracle.value_model)):
-        expected = adapter(theirs, "default")
-        found = adapter(roles.peft, role)
-        assert set(found) == set(expected) and len(found) == 28
-        for key, tensor in expected.items():
-            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-8)
-    head = oracle.value_model.base_model.model.score.modules_to_save["default"].weight
-    torch.testing.assert_close(roles.value_head.weight, head, rtol=0, atol=1e-8)
-    assert max(float((start[key] - tensor).abs().max()) for key, tensor in adapter(roles.peft, "policy").items()) > 0.01
+    shutil.rmtree(shared_chain.run_dir("ppo"), ignore_errors=True)
+    before = shared_chain.registry.numbers("tiny/policy")
+    if source == "function":
+        with pytest.raises(RuntimeError, match=r"reward broken: it gave nan, which is not a finite number\n  prompt: "):
+            ppo.main(shared_chain.recipe("ppo", *QUICK, f"reward=[{{function: '{rules}:broken'}}]"))
+    else:
+        from stages.roles import Roles
+
+        scores = Roles.scores
+        monkeypatch.setattr(Roles, "scores", lambda self, label, batch: scores(self, label, batch) * float("nan"))
+        with pytest.raises(FloatingPointError, match=r"the reward reward of '.*assistant.* is nan"):
+            ppo.main(shared_chain.recipe("ppo", *QUICK, "ppo.gamma=0.99"))
+    assert shared_chain.registry.numbers("tiny/policy") == before
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_do_not_weigh_in(
-    roles: Any, role_folders: Any, episodes: list[Any], recipe: PPORecipe, size: int
+@pytest.mark.parametrize("policy", ["adapter", "full"])
+@pytest.mark.parametrize("critic", ["adapter", "shared", "separate"])
+def test_every_policy_with_every_critic_is_published(
+    policy: str, critic: str, shared_chain: Any, short_run: Callable[..., Any]
 ) -> None:
-    other = copy.deepcopy(roles)
-    figures = one_step(roles, scored(roles, episodes, recipe, 2), recipe)
-    others = one_step(other, scored(other, episodes, recipe, size), recipe)
-    assert others == pytest.approx(figures, abs=1e-8)
-    for name, parameter in roles.trained_parameters().items():
-        torch.testing.assert_close(other.trained_parameters()[name], parameter, rtol=0, atol=1e-8)
-
-
-def test_the_missing_end_is_penalised_on_the_last_token(roles: Any, episodes: list[Any], recipe: PPORecipe) -> None:
-    # without discount, KL and values the advantage of every token is the score that its reply gets at its end
-    plain = recipe.model_copy(
-        update={
-            "ppo": recipe.ppo.model_copy(
-                update={"gamma": 1.0, "lam": 0.0, "kl_coefficient": 0.0, "whiten_advantages": False}
-            )
-        }
+    one_model = (policy, critic) == ("full", "shared")
+    version, rows = short_run(
+        f"policy={policy}",
+        f"ppo.critic={critic}",
+        "ppo.clip_ratio=0.25",
+        *(["publish_value=null"] if one_model else []),
     )
-    with torch.no_grad():
-        roles.value_head.weight.zero_()
-    for batch in scored(roles, episodes, plain, 4):
-        penalty = torch.where(batch.batch.ended, 0.0, 2.0)
-        torch.testing.assert_close(batch.scores, batch.raw_scores - penalty)
-        for row, count in enumerate(batch.batch.is_response.sum(-1).tolist()):
-            assert batch.advantages[row, count - 1] == batch.scores[row]
-            assert (batch.advantages[row, : count - 1] == 0).all()
-    assert {episode.reply.ended for episode in episodes} == {True, False}
+    assert version.kind == ("merged" if policy == "full" else "adapter")
+    assert rows[0]["kl_nats"] == pytest.approx(0.0, abs=1e-4)
+    if not one_model:
+        assert shared_chain.registry.resolve("tiny/value:candidate").kind == "value"
 
 
-def test_the_ratio_check_raises_when_old_logprobs_are_off(roles: Any, episodes: list[Any], recipe: PPORecipe) -> None:
-    batches = scored(roles, episodes, recipe, 4)
-    batches[0].old_logprobs[1, 0] += 1e-3
-    before = ppo.snapshot(roles)
-    with pytest.raises(RuntimeError, match=r"max\|ratio - 1\| is 0.001, above 0.0001"):
-        one_step(roles, batches, recipe)
-    for name, parameter in roles.trained_parameters().items():
-        assert torch.equal(parameter, before[name])
-
-
-def test_a_reward_that_is_no_number_raises(roles: Any, episodes: list[Any], recipe: PPORecipe) -> None:
-    with torch.no_grad():
-        roles.reward_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the reward of ids"):
-        scored(roles, episodes, recipe, 4)
-
-
-def test_a_gradient_that_is_no_number_raises_before_the_step(
-    roles: Any, episodes: list[Any], recipe: PPORecipe
-) -> None:
-    batches = scored(roles, episodes, recipe, 4)
-    batches[0].advantages[0, 0] = float("inf")
-    before = ppo.snapshot(roles)
-    with pytest.raises(FloatingPointError, match="gradient norm"):
-        one_step(roles, batches, recipe)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in roles.trained_parameters().items())
-
-
-def test_learning_rates_are_a_function_of_the_step(roles: Any, recipe: PPORecipe) -> None:
-    optimizer = ppo.make_optimizer(roles, recipe)
-
-    def rates(step: int) -> list[float]:
-        ppo.set_learning_rates(optimizer, recipe, step)
-        return [group["lr"] for group in optimizer.param_groups]
-
-    assert rates(0) == pytest.approx([0.01, 0.025])
-    assert rates(1) == rates(2) == pytest.approx([0.02, 0.05])
-    assert rates(6) == pytest.approx([0.01, 0.025])  # half of the way from step 2 to 10, on a cosine
-    assert rates(0) == pytest.approx([0.01, 0.025])
-
-
-def test_the_running_deviation() -> None:
-    scale = ppo.RunningScale()
-    scale.add([2.0, 4.0, 10.0])  # 1 and 3
-    assert scale.deviation == pytest.approx(1.0)
-    scale.add([2.0, 12.0, 74.0])  # 5 and 7
-    assert scale.deviation == pytest.approx(math.sqrt(5))
-    same = ppo.RunningScale()
-    same.add([3.0, 6.0, 12.0])
-    assert same.deviation > 0
-
-
-def test_figures_are_means_over_replies(roles: Any, episodes: list[Any], recipe: PPORecipe, oracle: Any) -> None:
-    slow = SlowPPO(oracle, episodes, recipe)
-    figures = ppo.summarise(scored(roles, episodes, recipe, 2), Accelerator(cpu=True))
-    raw = [oracle.score(*row) for row in slow.rows]
-    assert figures["reward"] == pytest.approx(sum(raw) / 8)
-    assert figures["kl_nats"] == pytest.approx(sum(sum(kl) for kl in slow.kl) / 8)
-    assert figures["length"] == pytest.approx(sum(len(e.reply.ids) for e in episodes) / 8)
-    assert figures["eos_rate"] == pytest.approx(sum(e.reply.ended for e in episodes) / 8)
+RESUMED = [
+    "train.eval_every=1",
+    "ppo.kl_target_nats=0.01",
+    "ppo.normalise_reward=true",
+    "ppo.critic=shared",
+    "train.learning_rate=0.02",
+    "train.save_every=1",
+    "train.keep=4",
+    "data.questions=[]",
+    "train.schedule=cosine",
+]
 
 
 def test_goes_on_after_a_kill_bit_by_bit(
@@ -290,12 +232,62 @@ def test_goes_on_after_a_kill_bit_by_bit(
     assert value.manifest["files"] == before.manifest["files"]
 
 
-def published_tensors(version: Any, chain: Any) -> dict[str, torch.Tensor]:
-    return load_file(chain.registry.materialise(version) / "adapter_model.safetensors")
+def without_clocks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith(("time", "memory/")) and key not in ("seconds", "episodes_per_s")
+        }
+        for row in rows
+    ]
+
+
+def test_goes_on_from_every_checkpoint_with_everything_that_changes(tiny_chain: Any, tmp_path: Path) -> None:
+    """Best weights, adaptive coefficient, running scales, alarms: as an uninterrupted run."""
+    (tmp_path / "whole").mkdir()
+    whole = tiny_chain.unpublished("ppo", tmp_path / "whole")
+    version = ppo.main(whole.recipe("ppo", *RESUMED))
+    rows = whole.metrics("ppo")
+    assert len({row["kl_coefficient"] for row in rows if "kl_coefficient" in row}) == 4, "it should adapt"
+    last = load_file(whole.run_dir("ppo") / "checkpoints" / "checkpoint-4" / "tensors.safetensors")
+    state = json.loads((whole.run_dir("ppo") / "checkpoints" / "checkpoint-4" / "state.json").read_text())
+    assert any(name.startswith("best/") for name in last) and state["best"]["step"] in (1, 2, 3)
+    for at in (1, 3):
+        (tmp_path / str(at)).mkdir()
+        copied = tiny_chain.unpublished("ppo", tmp_path / str(at))
+        kept = f"checkpoints/checkpoint-{at}"
+        shutil.copytree(whole.run_dir("ppo") / kept, copied.run_dir("ppo") / kept)
+        for name in ("build.json", "metrics.jsonl", "samples.jsonl"):
+            shutil.copy(whole.run_dir("ppo") / name, copied.run_dir("ppo") / name)
+        again = ppo.main(copied.recipe("ppo", *RESUMED))
+        assert weights(again) == weights(version)
+        assert without_clocks(copied.metrics("ppo")) == without_clocks(rows)
+        ours, theirs = ((c.run_dir("ppo") / "samples.jsonl").read_text() for c in (copied, whole))
+        assert ours == theirs
+
+
+def test_the_best_step_within_the_budget_is_published(tiny_chain: Any, tmp_path: Path) -> None:
+    chain = tiny_chain.unpublished("ppo", tmp_path)
+    overrides = ["train.eval_every=1", "train.learning_rate=0.03", "train.save_every=1", "train.keep=9"]
+    version = ppo.main(chain.recipe("ppo", *overrides, "data.questions=[]", "train.steps=5"))
+    rows = chain.metrics("ppo")
+    evaluations = {row["step"]: row["eval/reward"] for row in rows if "eval/reward" in row and "seconds" not in row}
+    final = rows[-1]
+    best = int(final["published_step"])
+    measured = evaluations | {5: evaluations.get(5, float("-inf"))}
+    assert final["eval/reward"] == pytest.approx(measured[best] if best < 5 else final["eval/reward"])
+    assert all(final["eval/reward"] >= reward for reward in evaluations.values())
+    kept = load_file(chain.run_dir("ppo") / f"checkpoints/checkpoint-{best}" / "tensors.safetensors")
+    trained = {name.removeprefix("weight/"): t for name, t in kept.items() if name.startswith("weight/")}
+    found = published_tensors(version, chain)
+    for name, tensor in trained.items():
+        if ".policy." in name:
+            key = name.replace("shared.", "base_model.model.", 1).replace(".additions.policy.down", ".lora_A.weight")
+            assert torch.equal(found[key.replace(".additions.policy.up", ".lora_B.weight")], tensor)
 
 
 def test_the_kl_budget_stops_and_goes_back(tiny_chain: Any, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
     budget = 0.02
     overrides = [
         f"ppo.kl_budget_nats={budget}",
@@ -305,35 +297,31 @@ def test_the_kl_budget_stops_and_goes_back(tiny_chain: Any, tmp_path: Path) -> N
         "data.eval=[]",
         "data.questions=[]",
     ]
-    for folder in (first, second):
-        folder.mkdir()
-    chain = tiny_chain.copy(first)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    chain = tiny_chain.unpublished("ppo", tmp_path / "first")
     version = ppo.main(chain.recipe("ppo", *overrides))
     rows = [row for row in chain.metrics("ppo") if "kl_nats" in row]
     updates = len(rows)
     assert 1 <= updates < 8, "the budget should have stopped it"
     assert all(row["kl_nats"] <= budget for row in rows)
     checkpoint = chain.run_dir("ppo") / f"checkpoints/checkpoint-{updates}"
-    kept = load_file(checkpoint / "trained.safetensors")
+    kept = load_file(checkpoint / "tensors.safetensors")
     found = published_tensors(version, chain)
+
+    def inside(key: str) -> str:
+        key = key.replace("base_model.model.", "shared.", 1)
+        return key.replace("lora_A.weight", "additions.policy.down").replace("lora_B.weight", "additions.policy.up")
+
     for key, tensor in found.items():
-        inside = "peft." + key.replace(".weight", ".policy.weight")
-        assert torch.equal(tensor, kept[f"previous/{inside}"])
-    assert any(
-        not torch.equal(tensor, kept["weight/peft." + key.replace(".weight", ".policy.weight")])
-        for key, tensor in found.items()
-    ), "the last update is undone"
-    if updates == 1:
-        start = load_file(tiny_chain.folder("sft") / "adapter_model.safetensors")
-        assert all(torch.equal(tensor, start[key]) for key, tensor in found.items())
+        assert torch.equal(tensor, kept[f"previous/{inside(key)}"])
+    assert any(not torch.equal(tensor, kept[f"weight/{inside(key)}"]) for key, tensor in found.items())
     # killed after its last checkpoint, the run comes to the same end
-    again = tiny_chain.copy(second)
-    again.run_dir("ppo").mkdir(parents=True)
-    (again.run_dir("ppo") / "checkpoints").mkdir()
-    checkpoint.rename(again.run_dir("ppo") / "checkpoints" / checkpoint.name)
-    (again.run_dir("ppo") / "build.json").write_text((chain.run_dir("ppo") / "build.json").read_text())
-    repeated = ppo.main(again.recipe("ppo", *overrides))
-    assert [f["sha256"] for f in repeated.manifest["files"]] == [f["sha256"] for f in version.manifest["files"]]
+    again = tiny_chain.unpublished("ppo", tmp_path / "second")
+    (again.run_dir("ppo") / "checkpoints").mkdir(parents=True)
+    shutil.copytree(checkpoint, again.run_dir("ppo") / "checkpoints" / checkpoint.name)
+    shutil.copy(chain.run_dir("ppo") / "build.json", again.run_dir("ppo") / "build.json")
+    assert weights(ppo.main(again.recipe("ppo", *overrides))) == weights(version)
 
 
 def test_the_chain_moved_the_policy_from_sft(tiny_chain: Any) -> None:
@@ -343,6 +331,7 @@ def test_the_chain_moved_the_policy_from_sft(tiny_chain: Any) -> None:
     assert any(not torch.equal(policy[key], sft[key]) for key in sft)
     first = tiny_chain.metrics("ppo")[0]
     assert first["kl_nats"] == pytest.approx(0.0, abs=1e-5)
+    assert {"time/rollout_s", "time/score_s", "time/update_s", "episodes_per_s", "engine_gap_nats"} <= set(first)
 
 
 @pytest.mark.parametrize(
@@ -350,11 +339,28 @@ def test_the_chain_moved_the_policy_from_sft(tiny_chain: Any) -> None:
     [
         ("train.episodes_per_batch=7", "cannot be split evenly into ppo.minibatches = 2"),
         ("rollout.max_prompt_tokens=3", "rollout.max_prompt_tokens = 3; raise it"),
+        ("lora={r: 4}", "is an adapter, which PPO goes on training"),
+        ("reward=tiny/sft:candidate", "PPO needs a reward model"),
+        ("reward=[{function: 'no.such:thing'}]", "there is no module no.such"),
+        ("reward=[{model: 'tiny/reward:candidate', name: gold}]", "kept for the reward that is not optimised"),
     ],
 )
-def test_refusals_publish_nothing(tiny_chain: Any, tmp_path: Path, override: str, message: str) -> None:
-    chain = tiny_chain.copy(tmp_path)
-    before = chain.registry.numbers("tiny/policy")
+def test_refusals_publish_nothing(shared_chain: Any, override: str, message: str) -> None:
+    shutil.rmtree(shared_chain.run_dir("ppo"), ignore_errors=True)
+    before = shared_chain.registry.numbers("tiny/policy")
     with pytest.raises(UserError, match=message):
-        ppo.main(chain.recipe("ppo", override))
-    assert chain.registry.numbers("tiny/policy") == before
+        ppo.main(shared_chain.recipe("ppo", override))
+    assert shared_chain.registry.numbers("tiny/policy") == before
+
+
+def test_every_setting_is_read_by_something() -> None:
+    """Every key of PPO's own sections is named by the code beside the recipe itself."""
+    from baton.ppo_sections import Algorithm, RewardSource, Rollout
+    from baton.recipe import EpisodeTrain, PromptData
+
+    root = Path(ppo.__file__).parents[1]
+    files = [p for folder in ("stages", "reward", "baton") for p in (root / folder).rglob("*.py")]
+    code = "\n".join(p.read_text() for p in files if p.name not in ("recipe.py", "ppo_sections.py"))
+    sections = (Algorithm, RewardSource, Rollout, EpisodeTrain, PromptData, PPORecipe)
+    keys = {key for section in sections for key in section.model_fields} - {"stage", "model", "name"}
+    assert not [key for key in sorted(keys) if f".{key}" not in code and f'"{key}"' not in code]

@@ -90,17 +90,27 @@ def test_the_pad_id_does_not_matter(roles: Roles, episodes: list[Any], expected:
     assert_same(outputs(roles, batch_of(episodes, pad_id)), expected)
 
 
-def test_both_kinds_of_attention_give_the_same(
-    roles: Roles, episodes: list[Any], expected: Rows, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "bound"), [("sdpa", 1e-8), ("eager", 1e-5)])
+def test_every_kind_of_attention_gives_the_same(
+    roles: Roles, episodes: list[Any], expected: Rows, kind: str, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the float32 in which transformers' eager attention takes its softmax."""
-    for below, kind in ((10_000, "eager"), (0, "sdpa")):
-        monkeypatch.setattr("stages.roles.EAGER_BELOW", below)
-        found = outputs(roles, batch_of(episodes))
-        assert roles.shared.config._attn_implementation == kind
-        for name, rows in expected.items():
-            for ours, theirs in zip(found[name], rows, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    """As short rows' own attention does; transformers' eager one takes its softmax in float32."""
+
+    def choose(model: Any, length: int) -> None:
+        model.config._attn_implementation = kind
+
+    monkeypatch.setattr("stages.roles.choose_attention", choose)
+    found = outputs(roles, batch_of(episodes))
+    for name, rows in expected.items():
+        for ours, theirs in zip(found[name], rows, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+
+
+def test_sampling_finds_the_models_attention_as_it_was(roles: Roles, episodes: list[Any]) -> None:
+    """Else a run that was resumed would sample by other arithmetic than one that has just trained."""
+    before = roles.shared.config._attn_implementation
+    outputs(roles, batch_of(episodes))
+    assert roles.shared.config._attn_implementation == before
 
 
 def test_the_state_after_the_end_has_a_value(roles: Roles, oracle: Any, episodes: list[Any]) -> None:
@@ -125,7 +135,9 @@ def test_other_policies_and_critics(
     assert_same(outputs(roles, batch_of(episodes)), oracles(oracle, episodes))
 
 
-def test_a_critic_without_a_reward_model_starts_from_zero(make_roles: Callable[..., Roles], episodes: list[Any]) -> None:
+def test_a_critic_without_a_reward_model_starts_from_zero(
+    make_roles: Callable[..., Roles], episodes: list[Any]
+) -> None:
     for critic in ("adapter", "shared", "separate"):
         roles = make_roles(critic=critic, critic_start=None, rewards={})
         with torch.no_grad():
@@ -266,9 +278,7 @@ def test_gradients_equal_those_of_plain_models(
     for additions, model in zip(ours, (oracle.policy, oracle.value_model), strict=False):
         lora = {name: p for name, p in model.named_parameters() if "lora_" in name}
         assert len(additions) == 14 and len(lora) == 28
-        pairs = zip(
-            (a for addition in additions for a in (addition.down, addition.up)), lora.values(), strict=True
-        )
+        pairs = zip((a for addition in additions for a in (addition.down, addition.up)), lora.values(), strict=True)
         for mine, theirs in pairs:
             torch.testing.assert_close(mine.grad, theirs.grad, **TIGHT)
 
@@ -281,7 +291,11 @@ def test_one_copy_of_the_base(make_roles: Callable[..., Roles]) -> None:
 
 
 def test_several_rewards_on_one_base(
-    make_roles: Callable[..., Roles], role_folders: Any, episodes: list[Any], expected: Rows, tmp_path: Path,
+    make_roles: Callable[..., Roles],
+    role_folders: Any,
+    episodes: list[Any],
+    expected: Rows,
+    tmp_path: Path,
     randomise: Any,
 ) -> None:
     from peft import LoraConfig, get_peft_model

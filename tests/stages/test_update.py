@@ -247,11 +247,6 @@ def sampled_elsewhere(oracle: Any, episodes: list[Any]) -> list[Any]:
     return made
 
 
-def with_ptx(settings: dict[str, Any]) -> dict[str, Any]:
-    """More sections of a recipe that mixes text in."""
-    return {"data": {"train": [{"path": "x"}], "ptx": [{"path": "y"}]}, "ppo": settings | {"ptx_coefficient": 0.6}}
-
-
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "critic adapter": ({}, {}, False),
     "critic shared": ({"critic": "shared"}, {}, False),
@@ -310,9 +305,7 @@ def test_one_step_equals_a_slow_and_obvious_one(
 
 
 @pytest.fixture(params=["adapter", "shared"])
-def everything(
-    request: pytest.FixtureRequest, make_recipe: Callable[..., PPORecipe]
-) -> Callable[..., PPORecipe]:
+def everything(request: pytest.FixtureRequest, make_recipe: Callable[..., PPORecipe]) -> Callable[..., PPORecipe]:
     """A recipe with all settings on, by its token budget a micro-batch; for two critics."""
 
     def make(budget: int) -> PPORecipe:
@@ -380,14 +373,16 @@ def test_bfloat16_within_bounds(
         return torch.cat([g.double().flatten() for g in found[0]])
 
     exact = gradient(torch.float64, 16)
-    for budget in (1, 16, 10_000):
-        found = gradient(torch.bfloat16, budget)
-        print(budget, float((found - exact).norm() / exact.norm()))
-        assert float((found - exact).norm() / exact.norm()) < 0.1
+    found = [gradient(torch.bfloat16, budget) for budget in (16, 1, 10_000)]
+    for one in found:
+        assert float((one - exact).norm() / exact.norm()) < 0.15
+        assert float((one - found[0]).norm() / exact.norm()) < 0.02
 
 
 def test_a_step_without_any_setting_that_moves_is_the_plain_policy_gradient(
-    make_roles: Callable[..., Roles], make_recipe: Callable[..., PPORecipe], make_trial: Callable[..., Any],
+    make_roles: Callable[..., Roles],
+    make_recipe: Callable[..., PPORecipe],
+    make_trial: Callable[..., Any],
     episodes: list[Any],
 ) -> None:
     """Before the first update the ratio is one: the gradient is that of -sum(advantage x log p) / tokens."""
@@ -431,7 +426,9 @@ def test_a_gradient_that_is_no_number_raises_before_the_step(
 
 
 def test_the_kl_stop_ends_the_update_and_takes_no_further_step(
-    make_roles: Callable[..., Roles], make_recipe: Callable[..., PPORecipe], make_trial: Callable[..., Any],
+    make_roles: Callable[..., Roles],
+    make_recipe: Callable[..., PPORecipe],
+    make_trial: Callable[..., Any],
     episodes: list[Any],
 ) -> None:
     """Stopped at the third minibatch: the weights are those after two steps."""
@@ -454,8 +451,11 @@ def test_the_kl_stop_ends_the_update_and_takes_no_further_step(
 
 @pytest.mark.parametrize("critic", ["adapter", "shared", "separate"])
 def test_critic_warm_up_moves_the_critic_alone(
-    make_roles: Callable[..., Roles], make_recipe: Callable[..., PPORecipe], make_trial: Callable[..., Any],
-    episodes: list[Any], critic: str,
+    make_roles: Callable[..., Roles],
+    make_recipe: Callable[..., PPORecipe],
+    make_trial: Callable[..., Any],
+    episodes: list[Any],
+    critic: str,
 ) -> None:
     roles = make_roles(critic=critic)
     data = {"train": [{"path": "x"}], "ptx": [{"path": "y"}]}
@@ -518,7 +518,9 @@ def test_the_norm_is_of_policy_and_critic_together(
 
 
 def test_mixed_in_text_is_a_function_of_seed_and_turn(
-    make_roles: Callable[..., Roles], make_recipe: Callable[..., PPORecipe], make_trial: Callable[..., Any],
+    make_roles: Callable[..., Roles],
+    make_recipe: Callable[..., PPORecipe],
+    make_trial: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every row once an epoch; the loss is the mean over the tokens in the loss, at temperature 1."""

@@ -1,0 +1,109 @@
+"""Causal attention of short rows on a CPU, by plain products: cheaper than the fused kernel where gradients are wanted.
+
+B rows, h query heads, k key heads, L tokens, d head size. Padding is on the right, so causality is the only mask.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+NAME = "baton_short_causal"
+SHORT = 512
+"""Up to about this many tokens a row it is the faster way: beyond, the table of L x L weights costs too much."""
+ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3"}
+"""Decoders whose attention is a plain softmax of scaled products; sliding windows are longer than SHORT."""
+
+
+def choose_attention(model: Any, length: int) -> None:
+    """Let the model's layers use the attention that suits rows of `length` tokens."""
+    config = model.config
+    if length > SHORT or config.model_type not in ARCHITECTURES:
+        chosen = "eager" if length <= SHORT else "sdpa"
+    else:
+        chosen = _registered()
+    if config._attn_implementation != chosen:
+        config._attn_implementation = chosen
+
+
+@lru_cache(maxsize=1)
+def _registered() -> str:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    return NAME
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """transformers' mask for this attention: none."""
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it: query (B, h, L, d), key and value (B, k, L, d) -> (B, L, h, d), no weights."""
+    assert attention_mask is None and not dropout and query.shape[2] == key.shape[2], "whole rows, right-padded"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return short_causal_attention(query, key, value, scale).transpose(1, 2), None
+
+
+def short_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(scale q k^T) v over the tokens up to each one's own: (B, h, L, d)."""
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Attention.apply(query, key, value, scale)  # type: ignore[no-any-return,no-untyped-call]
+    return _weights(query, key, scale).bmm(_by_key_head(value, value)).view(query.shape)
+
+
+def _by_key_head(tensor: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(B, h, L, d) -> (B k, h/k L, d): the queries of one key head lie together, so keys are not repeated."""
+    return tensor.reshape(key.shape[0] * key.shape[1], -1, tensor.shape[-1])
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """(B k, h/k L, L); softmax keeps float32 inside whatever the number format."""
+    queries, keys = _by_key_head(query, key), _by_key_head(key, key)
+    mask = _future(key.shape[2], query.shape[1] // key.shape[1], query.dtype)
+    scores = torch.baddbmm(mask.expand(len(keys), -1, -1), queries, keys.mT, alpha=scale)
+    return scores.softmax(-1)
+
+
+@lru_cache(maxsize=8)
+def _future(length: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """(group L, L): minus infinity where a key comes after the query."""
+    return torch.full((length, length), -math.inf, dtype=dtype).triu(1).repeat(group, 1)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps the weights, and sums the gradients of keys and values over their query heads within the products."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        weights = _weights(query, key, scale)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scale = scale
+        return weights.bmm(_by_key_head(value, key)).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, weights = ctx.saved_tensors
+        queries, keys, values = (_by_key_head(tensor, key) for tensor in (query, key, value))
+        given = _by_key_head(given, key)
+        to_value = weights.mT.bmm(given).view(value.shape)
+        to_scores = torch._softmax_backward_data(given.bmm(values.mT), weights, -1, weights.dtype)
+        nothing = to_scores.new_zeros(())
+        to_query = torch.baddbmm(nothing, to_scores, keys, beta=0, alpha=ctx.scale).view(query.shape)
+        to_key = torch.baddbmm(nothing, to_scores.mT, queries, beta=0, alpha=ctx.scale).view(key.shape)
+        return to_query, to_key, to_value, None

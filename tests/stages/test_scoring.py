@@ -1,0 +1,128 @@
+"""Episodes scored: rewards by component, foreign sources in their order, engines compared, bad numbers refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from baton.decode import Reply
+from baton.errors import UserError
+from reward.sample import RewardError
+from stages.prompts import PromptRow
+from stages.rollout import Episode
+
+ROLLOUT = {"max_new_tokens": 6, "temperature": 0.7}
+FIRST = {"model": "t/r:1", "name": "r"}
+RULE = {"function": "reward.rules:length_window", "name": "short", "weight": -2.0, "arguments": {"at_most": 3}}
+
+
+def rows_of(episodes: list[Any]) -> list[PromptRow]:
+    return [PromptRow([{"role": "user", "content": str(e.index)}], e.prompt, {"answer": e.index}) for e in episodes]
+
+
+def by_episode(scored: list[Any], pick: Callable[[Any], torch.Tensor]) -> list[float]:
+    found = {m: float(v) for s in scored for m, v in zip(s.batch.members, pick(s), strict=False)}
+    return [found[at] for at in range(len(found))]
+
+
+def test_rewards_by_component_and_their_weighted_sum(
+    roles: Any, oracle: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]
+) -> None:
+    recipe = make_recipe(reward=[FIRST | {"weight": 0.5}, RULE])
+    found = make_trial(roles, recipe).scorer.score(episodes, rows_of(episodes))
+    assert len(found) > 2
+    models = [oracle.score(e.prompt, e.reply.ids) for e in episodes]
+    short = [float(len(e.reply.ids) <= 3) for e in episodes]
+    assert by_episode(found, lambda s: s.rewards["r"]) == pytest.approx(models, abs=1e-8)
+    assert by_episode(found, lambda s: s.rewards["short"]) == short
+    total = [0.5 * a - 2.0 * b for a, b in zip(models, short, strict=True)]
+    assert by_episode(found, lambda s: s.total) == pytest.approx(total, abs=1e-8)
+    for scored in found:
+        assert scored.weights is None and not scored.gap.any()
+
+
+def test_a_source_gets_rows_in_their_order_with_everything(
+    roles: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]
+) -> None:
+    trial = make_trial(roles, make_recipe(reward=[FIRST, RULE]))
+    seen: list[Any] = []
+
+    class Source:
+        label, weight = "short", 1.0
+
+        def score(self, samples: Any) -> list[float]:
+            seen.extend(samples)
+            return [float(sample.columns["answer"]) for sample in samples]
+
+    trial.scorer.sources["short"] = Source()
+    found = trial.scorer.score(episodes, rows_of(episodes))
+    assert by_episode(found, lambda s: s.rewards["short"]) == [float(e.index) for e in episodes]
+    assert [sample.prompt[0]["content"] for sample in seen] == [str(e.index) for e in episodes]
+    assert [(s.prompt_ids, s.response_ids) for s in seen] == [(e.prompt, e.reply.ids) for e in episodes]
+    assert seen[0].response == " ".join(str(token) for token in episodes[0].reply.ids[:-1]), "without the stop token"
+
+
+def test_rewards_that_are_no_numbers_stop_with_the_row(
+    roles: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]
+) -> None:
+    trial = make_trial(roles, make_recipe(reward=[FIRST, RULE]))
+
+    class Source:
+        label, weight = "short", 1.0
+
+        def score(self, samples: Any) -> list[float]:
+            return [float("inf") if at == 2 else 0.0 for at in range(len(samples))]
+
+    plain = trial.scorer.sources["short"]
+    trial.scorer.sources["short"] = Source()
+    with pytest.raises(RewardError, match=r"reward short: it gave inf.*\n  prompt: user: 2\n  response: "):
+        trial.scorer.score(episodes, rows_of(episodes))
+    trial.scorer.sources["short"] = plain
+    with torch.no_grad():
+        roles.reward_heads["reward_0"].weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the reward r of '[0-9 ]+' is nan"):
+        trial.scorer.score(episodes, rows_of(episodes))
+
+
+def engines(episodes: list[Any], old: list[list[float]], shift: Callable[[int], float]) -> list[Any]:
+    """Episodes whose engine's log-probabilities are `shift` from the trainer's."""
+    return [
+        Episode(e.index, e.prompt, Reply(e.reply.ids, e.reply.ended, [p + shift(at) for at, p in enumerate(row)]))
+        for e, row in zip(episodes, old, strict=True)
+    ]
+
+
+def test_an_engine_that_samples_from_another_policy_is_stopped(
+    roles: Any, oracle: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]
+) -> None:
+    with torch.no_grad():
+        old = [oracle.logprobs(oracle.policy, e.prompt, e.reply.ids, 0.7).tolist() for e in episodes]
+    trial = make_trial(roles, make_recipe(rollout=ROLLOUT | {"drift_nats": 0.1}))
+    near = engines(episodes, old, lambda at: 0.09)
+    for scored in trial.scorer.score(near, rows_of(episodes)):
+        gap = scored.gap[scored.batch.is_response]
+        torch.testing.assert_close(gap, torch.full_like(gap, 0.09), rtol=0, atol=1e-8)
+        assert not scored.gap[~scored.batch.is_response].any()
+    for shift in (lambda at: 0.11, lambda at: float("nan") if at == 0 else 0.0):
+        with pytest.raises(UserError, match="the rollout engine and the trainer disagree"):
+            trial.scorer.score(engines(episodes, old, shift), rows_of(episodes))
+
+
+def test_importance_weights_of_an_engine(
+    roles: Any, oracle: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]
+) -> None:
+    """The trainer finds what was sampled e^0.05 and e^-0.05 times as likely as the engine; the cap is 1.02."""
+    with torch.no_grad():
+        old = [oracle.logprobs(oracle.policy, e.prompt, e.reply.ids, 0.7).tolist() for e in episodes]
+    trial = make_trial(roles, make_recipe(rollout=ROLLOUT | {"importance_cap": 1.02, "drift_nats": 0.1}))
+    given = engines(episodes, old, lambda at: 0.05 if at % 2 else -0.05)
+    for scored in trial.scorer.score(given, rows_of(episodes)):
+        for row, count in zip(scored.weights, scored.batch.is_response.sum(-1).tolist(), strict=True):
+            expected = [1.02 if at % 2 == 0 else 0.951229424500714 for at in range(count)]
+            assert row[:count].tolist() == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_reward_called_gold_is_refused(roles: Any, make_recipe: Any, make_trial: Any) -> None:
+    with pytest.raises(UserError, match="a reward is called gold"):
+        make_trial(roles, make_recipe(reward=[FIRST | {"name": "gold"}]))

@@ -1,0 +1,205 @@
+"""A run's parts together: who plays which role, held-out measurements, which weights are published."""
+
+import shutil
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from baton.run import Run
+from stages.held_out import HeldOut
+from stages.roles import POLICY, REFERENCE
+from stages.session import Session, cast_of
+
+
+@pytest.fixture(scope="module")
+def chain(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_chain.unpublished("ppo", tmp_path_factory.mktemp("session"))
+
+
+@pytest.fixture
+def session(chain: Any) -> Iterator[Session]:
+    """The tiny chain's, at its start; a test may train it."""
+    opened = Session.open(Run.start(chain.recipe("ppo", "data.questions=[]", "samples=0")))
+    yield opened
+    opened.engine.close()
+
+
+def move(session: Session, by: float = 0.02) -> None:
+    with torch.no_grad():
+        for parameter in session.updater.parameters.values():
+            parameter += by
+
+
+def test_the_cast(chain: Any) -> None:
+    cast = cast_of(Run.start(chain.recipe("ppo", "data.questions=[]")))
+    assert cast.sft == chain.folder("sft") and cast.base == chain.folder("pretrain")
+    assert cast.rewards == {"reward": chain.folder("reward")} and cast.critic_start == chain.folder("reward")
+    assert (cast.policy, cast.critic, cast.lora) == ("adapter", "adapter", None)
+    shared = cast_of(Run.start(chain.recipe("ppo", "data.questions=[]", "ppo.critic=shared", "policy=full")))
+    assert shared.critic_start is None and (shared.policy, shared.critic) == ("full", "shared")
+    # gold is aboard, but the critic never starts from what PPO must not see
+    gold = ["reward=[{function: 'reward.rules:length_window', arguments: {at_most: 5}}]"]
+    seen = cast_of(Run.start(chain.recipe("ppo", "data.questions=[]", *gold, "gold={model: 'tiny/reward:candidate'}")))
+    assert set(seen.rewards) == {"gold"} and seen.critic_start is None
+
+
+def test_before_the_first_update_the_policy_is_the_reference(session: Session) -> None:
+    metrics, rows = session.held_out.measure()
+    assert metrics["eval/kl_nats"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["eval/win_rate"] == 0.5 and metrics["eval/tie_rate"] == 1.0
+    assert metrics["eval/reward"] == pytest.approx(metrics["eval/reward_before"])
+    assert [row.reply for row in rows] == [row.reply for row in session.held_out.reference]
+    assert len(rows) == len(session.prompts.eval) == 4
+
+
+def test_held_out_numbers_against_plain_ones(session: Session) -> None:
+    """The policy moved; its own replies, each alone: their score, and their KL from the reference token by token."""
+    from baton.chat import stop_ids
+    from stages.held_out import EPISODES_FROM
+    from stages.micro_batch import make_micro_batch
+    from stages.rollout import Episode, sample_with
+
+    move(session)
+    metrics, rows = session.held_out.measure()
+    kl, scores = [], []
+    rollout = session.run.recipe.rollout
+    for at, prompt in enumerate(session.prompts.eval):
+        with session.roles.acting_as(POLICY) as model:
+            (reply,) = sample_with(
+                model,
+                [prompt.ids],
+                [EPISODES_FROM + at],
+                seed=6,
+                temperature=rollout.temperature,
+                max_new_tokens=rollout.max_new_tokens,
+                stop_ids=stop_ids(session.tokenizer),
+                pad_id=0,
+            )
+        batch = make_micro_batch([Episode(0, prompt.ids, reply)], [0], 0)
+        with torch.no_grad():
+            ours, theirs = (session.roles.logprobs(role, batch).logprobs for role in (POLICY, REFERENCE))
+        kl.append(float((ours - theirs).sum()))
+        scores.append(float(session.roles.scores("reward", batch)))
+        assert rows[at].length == len(reply.ids) and rows[at].ended == reply.ended
+    assert [row.kl_nats for row in rows] == pytest.approx(kl, abs=1e-4)
+    assert [row.reward for row in rows] == pytest.approx(scores, abs=1e-4)
+    assert metrics["eval/kl_nats"] == pytest.approx(sum(kl) / 4, abs=1e-4) and abs(sum(kl)) > 0.01
+    assert metrics["eval/reward"] == pytest.approx(sum(scores) / 4, abs=1e-4)
+
+
+def test_the_same_noise_every_time_and_the_reference_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    rows = HeldOut.rows
+    monkeypatch.setattr(HeldOut, "rows", lambda self, role: (asked.append(role), rows(self, role))[1])
+    first, again = session.held_out.measure(), session.held_out.measure()
+    assert first == again
+    assert asked == [REFERENCE, POLICY, POLICY]
+
+
+def test_a_snapshot_is_a_copy(session: Session) -> None:
+    before = session.snapshot()
+    move(session)
+    assert not any(torch.equal(p, before[name]) for name, p in session.updater.parameters.items())
+    session.restore(before)
+    assert all(torch.equal(p, before[name]) for name, p in session.updater.parameters.items())
+    move(session)
+    assert not any(torch.equal(p, before[name]) for name, p in session.updater.parameters.items())
+
+
+def measured(*pairs: tuple[float, float]) -> Any:
+    """Held-out prompts that give these (reward, KL) one after another."""
+    left = [({"eval/reward": reward, "eval/kl_nats": kl}, []) for reward, kl in pairs]
+    return SimpleNamespace(measure=lambda: left.pop(0), reference=[])
+
+
+def concluded(session: Session, *pairs: tuple[float, float], budget: float | None = None, **options: bool) -> int:
+    """Which weights `conclude` leaves: those that were moved so many times; previous is one less."""
+    start = session.snapshot()
+    move(session, 1.0)
+    move(session, 1.0)
+    session.state.previous = session.snapshot()
+    if not options:
+        move(session, 1.0)
+    session.state.step = 3
+    session.state.best.kl_budget_nats = budget
+    recipe = session.run.recipe
+    settings = recipe.ppo.model_copy(update={"kl_budget_nats": budget})
+    session.run.recipe = recipe.model_copy(update={"ppo": settings})
+    session.held_out = measured(*pairs)
+    metrics = session.conclude(**options)
+    name = next(iter(start))
+    found = round(float((session.snapshot()[name] - start[name]).mean()))
+    assert metrics["published_step"] == found and metrics["eval/reward"] == pairs[-1][0]
+    return found
+
+
+def test_the_last_weights_are_published_where_they_are_the_best(session: Session) -> None:
+    assert concluded(session, (1.0, 9.0)) == 3
+
+
+def test_the_best_of_earlier_ones_is_published(session: Session) -> None:
+    state = session.state
+    before = session.snapshot()
+    move(session, 1.0)
+    state.best.offer(1, {"eval/reward": 2.0, "eval/kl_nats": 1.0})
+    state.best_weights = session.snapshot()
+    session.restore(before)
+    assert concluded(session, (1.0, 9.0), (2.0, 1.0)) == 1
+
+
+def test_over_the_budget_it_goes_one_update_back(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    assert concluded(session, (5.0, 9.0), (1.0, 2.0), budget=4.0) == 2
+    out = capsys.readouterr().out
+    assert "9.00 nats a reply, over ppo.kl_budget_nats: one update back" in out and "warning" not in out
+
+
+def test_what_went_back_already_does_not_go_back_again(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    assert concluded(session, (1.0, 5.0), budget=4.0, went_back=True) == 2
+    out = capsys.readouterr().out
+    assert "one update back" not in out and "warning: held-out KL is still 5.00" in out
+
+
+def test_an_evaluation_keeps_the_best_weights(session: Session) -> None:
+    session.held_out = measured((1.0, 0.1), (3.0, 0.1), (2.0, 0.1))
+    kept = []
+    for step in (1, 2, 3):
+        move(session, 1.0)
+        session.state.step = step
+        session.evaluate()
+        kept.append((session.state.best.step, next(iter(session.state.best_weights.values())).clone()))
+    assert [step for step, _ in kept] == [1, 2, 2]
+    assert not torch.equal(kept[0][1], kept[1][1]) and torch.equal(kept[1][1], kept[2][1])
+
+
+def test_what_is_saved_comes_back(session: Session, chain: Any) -> None:
+    state = session.state
+    state.previous, state.best_weights = session.snapshot(), {}
+    move(session)
+    state.step, state.kl.value = 2, 0.123456789
+    state.raw_scale.add([1.0, 2.0, 5.0])
+    state.scale.add([2.0, 2.0, 9.0])
+    state.best.offer(1, {"eval/reward": 2.0, "eval/kl_nats": 1.0})
+    state.best_weights = {name: tensor + 1 for name, tensor in session.snapshot().items()}
+    session.save()
+    torch.rand(3)
+    expected = torch.get_rng_state().clone()
+    session.save()
+    torch.rand(5)
+    other = Session.open(Run.start(chain.recipe("ppo", "data.questions=[]", "samples=0")))
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert other.state.step == 2 and other.state.plain() == state.plain()
+    for ours, theirs in (
+        (other.snapshot(), session.snapshot()),
+        (other.state.previous, state.previous),
+        (other.state.best_weights, state.best_weights),
+    ):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    shutil.rmtree(chain.run_dir("ppo"))
+
+
+def test_the_introduction_says_the_arithmetic(session: Session) -> None:
+    text = session.introduction()
+    assert "4 steps of 8 episodes" in text and "2 epochs × 2 minibatches" in text
