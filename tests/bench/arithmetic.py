@@ -25,11 +25,11 @@ lora: {{r: 16, alpha: 32}}
 data:
   train: [{{path: {work}/train.jsonl, format: prompts}}]
   eval: [{{path: {work}/eval.jsonl, format: prompts}}]
-rollout: {{max_prompt_tokens: 96, max_new_tokens: 16}}
+rollout: {{max_prompt_tokens: 96, max_new_tokens: 12}}
 ppo: {{epochs: 2, minibatches: 2, critic: shared, kl_coefficient: 0.02, missing_eos_penalty: 0.5}}
 train:
   steps: 24
-  learning_rate: 2.0e-4
+  learning_rate: 3.0e-4
   warmup_steps: 2
   schedule: constant
   episodes_per_batch: 64
@@ -40,15 +40,10 @@ train:
 
 
 def problems(seed: int) -> list[dict[str, str]]:
-    """Every sum and difference of two numbers below 50 with a result of at least 0, in a seeded order."""
-    rows = []
-    for a in range(2, 50):
-        for b in range(2, 50):
-            rows.append({"prompt": f"What is {a} + {b}? Answer with the number only.", "answer": f"#### {a + b}"})
-            if a >= b:
-                rows.append({"prompt": f"What is {a} - {b}? Answer with the number only.", "answer": f"#### {a - b}"})
-    random.Random(seed).shuffle(rows)
-    return rows
+    """Every sum of two numbers from 2 to 24, in a seeded order."""
+    pairs = [(a, b) for a in range(2, 25) for b in range(2, 25)]
+    random.Random(seed).shuffle(pairs)
+    return [{"prompt": f"What is {a} + {b}? Answer with the number only.", "answer": f"#### {a + b}"} for a, b in pairs]
 
 
 def main() -> None:
@@ -61,7 +56,7 @@ def main() -> None:
     work = args.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     rows = problems(0)
-    for name, part in (("train", rows[128:]), ("eval", rows[:128])):
+    for name, part in (("train", rows[96:]), ("eval", rows[:96])):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
     from baton.recipe import PPORecipe, load_recipe
