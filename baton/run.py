@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +52,8 @@ class Run(Generic[T]):
         _quieten_libraries()
         state = _process_group(recipe)
         _use_cores(state)
+        if state.device.type == "cpu":
+            _keep_freed_memory()
         if recipe.rows_per_batch % state.num_processes:
             raise UserError(
                 f"{recipe.path}: a batch of {recipe.rows_per_batch} rows cannot be split evenly over "
@@ -294,6 +297,19 @@ def _use_cores(state: PartialState) -> None:
     if not asked and _launcher_words():
         os.environ.pop("OMP_NUM_THREADS", None)
         torch.set_num_threads(cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))))
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what tensors free, as `baton.launch` does by the environment; elsewhere nothing happens.
+
+    Given back to the kernel, memory is cleared page by page when the next step asks for it: 10-15% of a step's time.
+    """
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for setting, value in ((-4, 0), (-1, 2**31 - 1), (-8, 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
+            libc.mallopt(setting, value)
 
 
 def _launcher_words() -> list[str]:

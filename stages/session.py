@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from baton.build import shares_base
 from baton.decode import PREFILL_TOKENS
+from baton.errors import UserError
 from baton.models import base_folder, load_tokenizer
 from baton.questions import ask, load_questions
 from baton.recipe import PPORecipe
@@ -69,6 +71,15 @@ class State:
         }
 
 
+def check_trackers(wanted: Sequence[str]) -> None:
+    """Accelerate leaves out, without a word, a tracker whose package is missing. Raises UserError."""
+    from accelerate.tracking import get_available_trackers
+
+    missing = sorted(set(wanted) - {str(tracker) for tracker in get_available_trackers()})
+    if missing:
+        raise UserError(f"trackers: {', '.join(missing)} cannot be loaded; pip install {' '.join(missing)}")
+
+
 def cast_of(run: Run[PPORecipe]) -> Cast:
     """Who plays which role; the critic starts from the first reward model that shares the policy's base."""
     recipe, sft = run.recipe, run.inputs.versions["sft"]
@@ -114,6 +125,7 @@ class Session:
 
         recipe = run.recipe
         check_batch(run)
+        check_trackers(recipe.trackers)
         questions = load_questions(recipe.data.questions, recipe.folder)
         with run.state.main_process_first():
             cast = cast_of(run)
@@ -274,7 +286,11 @@ class Session:
         return metrics
 
     def publish(self, metrics: dict[str, float]) -> Version:
-        """Policy and critic into the registry. A collective."""
+        """Policy and critic into the registry; engine and trackers are closed. A collective."""
+        self._track(metrics)
+        self.engine.close()
+        if self.run.recipe.trackers:
+            self.spread.accelerator.end_training()
         with self.spread.gathered():
             return publish(self.run, self.roles, self.tokenizer, metrics, self.prompts.train[0].ids)
 

@@ -53,7 +53,7 @@ def defaults_agree(field: FieldInfo, said: str) -> bool:
 
 def test_something_is_shipped() -> None:
     folders = {path.parent.name for path in SHIPPED}
-    assert folders == {"micro", "smollm2", "gsm8k"}
+    assert folders == {"micro", "smollm2", "nplus", "lora-1gpu", "rule-reward"}
     for folder in folders:
         assert f"| `{folder}` |" in README
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton.errors import UserError
 from baton.run import Run
 from stages.held_out import HeldOut
 from stages.roles import POLICY, REFERENCE
@@ -203,3 +204,11 @@ def test_what_is_saved_comes_back(session: Session, chain: Any) -> None:
 def test_the_introduction_says_the_arithmetic(session: Session) -> None:
     text = session.introduction()
     assert "4 steps of 8 episodes" in text and "2 epochs × 2 minibatches" in text
+
+
+def test_a_tracker_without_its_package_is_refused() -> None:
+    from stages.session import check_trackers
+
+    check_trackers([])
+    with pytest.raises(UserError, match="trackers: no_such_tracker cannot be loaded; pip install no_such_tracker"):
+        check_trackers(["no_such_tracker"])
