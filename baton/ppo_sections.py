@@ -59,6 +59,8 @@ class Rollout(Strict):
 
     `rows` replies are in the making at a time. `importance_cap` weighs each token by the trainer's probability over
     the engine's, at most the cap (truncated importance sampling); it is for engines whose numerics differ.
+    A run stops where engine and trainer differ by more than `drift_nats` a token on average; unset, the number format
+    decides.
     """
 
     max_prompt_tokens: Positive = 512
@@ -68,7 +70,7 @@ class Rollout(Strict):
     rows: Positive = 64
     url: str | None = None
     importance_cap: PositiveFloat | None = None
-    drift_nats: PositiveFloat = 0.05
+    drift_nats: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _server(self) -> Self:

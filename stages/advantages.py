@@ -47,8 +47,8 @@ def shape_scores(
     """The score (B,) that PPO optimises, from the weighted sum of rewards (B,); `ended`, `lengths` (B,).
 
     In this order: divided by the running `deviation` of the rewards, which keeps their mean's sign; clipped; lessened
-    by the overlong penalty, linear over the last `overlong_tokens` before the limit (Yu et al. 2025, eq. 13); and, where
-    a reply did not end, lessened or replaced by the missing-EOS penalty (Huang et al. 2024, the EOS trick).
+    by the overlong penalty, linear over the last `overlong_tokens` before the limit (Yu et al. 2025, eq. 13); and,
+    where a reply did not end, lessened or replaced by the missing-EOS penalty (Huang et al. 2024, the EOS trick).
     """
     scores = rewards / deviation if settings.normalise_reward else rewards
     if settings.clip_reward is not None:

@@ -54,6 +54,7 @@ def main(recipe: PPORecipe) -> Version:
             ]
             set_scores(minibatches, recipe, session.spread, state.raw_scale, state.scale)
             figures = summarise(minibatches, session.scorer, session.spread)
+            session.scorer.check_agreement([s for batch in minibatches for s in batch], figures["engine_gap_nats"])
             over_budget = settings.kl_budget_nats is not None and figures["kl_nats"] > settings.kl_budget_nats
             if over_budget:
                 # the newest weights whose KL was measured to be within the budget

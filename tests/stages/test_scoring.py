@@ -100,13 +100,17 @@ def test_an_engine_that_samples_from_another_policy_is_stopped(
         old = [oracle.logprobs(oracle.policy, e.prompt, e.reply.ids, 0.7).tolist() for e in episodes]
     trial = make_trial(roles, make_recipe(rollout=ROLLOUT | {"drift_nats": 0.1}))
     near = engines(episodes, old, lambda at: 0.09)
-    for scored in trial.scorer.score(near, rows_of(episodes)):
+    batches = trial.scorer.score(near, rows_of(episodes))
+    for scored in batches:
         gap = scored.gap[scored.batch.is_response]
         torch.testing.assert_close(gap, torch.full_like(gap, 0.09), rtol=0, atol=1e-8)
         assert not scored.gap[~scored.batch.is_response].any()
+    trial.scorer.check_agreement(batches, 0.09)
     for shift in (lambda at: 0.11, lambda at: float("nan") if at == 0 else 0.0):
+        batches = trial.scorer.score(engines(episodes, old, shift), rows_of(episodes))
+        mean = float(torch.cat([scored.gap[scored.batch.is_response] for scored in batches]).mean())
         with pytest.raises(UserError, match="the rollout engine and the trainer disagree"):
-            trial.scorer.score(engines(episodes, old, shift), rows_of(episodes))
+            trial.scorer.check_agreement(batches, mean)
 
 
 def test_importance_weights_of_an_engine(
