@@ -316,6 +316,10 @@ class PPORecipe(TrainedRecipe):
             raise ValueError(
                 "the critic of policy: full, critic: shared has no weights of its own; leave publish_value out"
             )
+        if self.policy == "full" and self.rollout.engine == "vllm":
+            raise ValueError("engine: vllm takes the policy as an adapter; policy: full needs another engine")
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError("PPO trains without dropout: old and new log-probabilities must come from one function")
         if self.policy == "full" and self.lora is not None:
             raise ValueError("policy: full trains every weight and would ignore lora")
         if self.train.eval_every and not self.data.eval:

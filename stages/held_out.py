@@ -77,7 +77,7 @@ class HeldOut:
         texts = self.scorer.judge(episodes, rows, labels)
         kl = torch.zeros(len(episodes))
         scores = {label: torch.zeros(len(episodes)) for label in labels}
-        with torch.no_grad():
+        with torch.no_grad(), self.spread.computing():
             for batch in self.scorer.groups(episodes):
                 ours = self.roles.logprobs(role, batch).logprobs
                 theirs = ours if role == REFERENCE else self.roles.logprobs(REFERENCE, batch).logprobs

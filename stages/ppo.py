@@ -62,7 +62,8 @@ def main(recipe: PPORecipe) -> Version:
                 if state.previous:
                     session.restore(state.previous)
                 break
-            state.previous = session.snapshot()
+            if settings.kl_budget_nats is not None:
+                state.previous = session.snapshot()
             figures |= set_advantages(minibatches, recipe, session.spread, state.kl.value)
             clock.append(time.perf_counter())
             figures |= session.updater.update(minibatches, state.step, state.kl.value, state.scale.deviation)
@@ -80,6 +81,7 @@ def main(recipe: PPORecipe) -> Version:
             if leaving or state.step % train.save_every == 0 or state.step == train.steps:
                 session.save()
             if leaving:
+                session.close()
                 raise Preempted(state.step)
 
     metrics = session.conclude(went_back=over_budget and bool(state.previous))

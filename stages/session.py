@@ -38,7 +38,7 @@ from stages.ppo_checkpoint import (
 from stages.prompts import Prompts, check_batch, read_prompts
 from stages.roles import POLICY, REFERENCE, Cast, Roles, check_head
 from stages.scoring import Scorer, reward_versions
-from stages.sharding import Spread
+from stages.sharding import Spread, open_spread
 from stages.update import Updater
 
 if TYPE_CHECKING:
@@ -69,6 +69,12 @@ class State:
             "best": self.best.state(),
             "alarms": self.alarms.state(),
         }
+
+
+def _kept(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy in the main memory, whatever the device; a sharded parameter's copy stays with its shard."""
+    whole_here = not hasattr(parameter, "full_tensor")
+    return parameter.detach().to("cpu", copy=True) if whole_here else parameter.detach().clone()
 
 
 def check_trackers(wanted: Sequence[str]) -> None:
@@ -132,14 +138,13 @@ class Session:
         tokenizer = load_tokenizer(run.registry.materialise(run.inputs.versions["sft"]))
         assert tokenizer.pad_token_id is not None
         prompts = read_prompts(run, tokenizer, questions)
-        accelerator = Accelerator(
-            cpu=run.state.device.type == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(run.folder)
-        )
+        # where it runs has been settled by run.state
+        accelerator = Accelerator(log_with=list(recipe.trackers) or None, project_dir=str(run.folder))
         if recipe.trackers:
             accelerator.init_trackers("baton", config={"recipe": str(recipe.path), "build_key": run.build_key})
+        spread = open_spread(accelerator, recipe)
         roles = Roles(cast, run.dtype, recipe.rollout.temperature, recipe.train.seed).to(accelerator.device)
         check_head(roles, prompts.train[0].ids)
-        spread = Spread(accelerator)
         if not spread.sharded:
             roles.join()
         spread.prepare(roles)
@@ -168,12 +173,12 @@ class Session:
     def introduction(self) -> str:
         """The batch arithmetic and an estimate of memory, in words."""
         recipe, roles = self.run.recipe, self.roles
-        lines = [BatchPlan.of(recipe, self.spread.world).text()]
+        lines = [BatchPlan.of(recipe, self.spread.world).text(), *filter(None, [self.spread.text()])]
         config = roles.shared.config.get_text_config()
         try:
             shape = Shape.of(config)
         except AttributeError:
-            return lines[0]  # an architecture whose sizes have other names
+            return "\n".join(lines)  # an architecture whose sizes have other names
         trained = sum(p.numel() for p in roles.trained_parameters().values())
         total = sum(p.numel() for p in roles.parameters())
         ranks = [addition.down.shape[0] for addition in roles.additions(POLICY)]
@@ -192,7 +197,7 @@ class Session:
             logits_rows=tile[0] * tile[1] // shape.vocabulary + 1,
             rollout_rows=min(rollout.rows, share),
             prefill_tokens=min(PREFILL_TOKENS, min(rollout.rows, share) * rollout.max_prompt_tokens),
-            shards=self.spread.world if self.spread.sharded else 1,
+            shards=self.spread.shards,
             on_cpu=self.spread.device.type == "cpu",
             available=available_bytes(self.spread.device, self.spread.world),
         )
@@ -200,11 +205,12 @@ class Session:
 
     def snapshot(self) -> Snapshot:
         """A copy of everything that is trained."""
-        return {name: parameter.detach().clone() for name, parameter in self.updater.parameters.items()}
+        with self.spread.changing():
+            return {name: _kept(parameter) for name, parameter in self.updater.parameters.items()}
 
     def restore(self, weights: Snapshot) -> None:
         """Put the weights of a `snapshot` back."""
-        with torch.no_grad():
+        with torch.no_grad(), self.spread.changing():
             for name, parameter in self.updater.parameters.items():
                 parameter.copy_(weights[name])
 
@@ -285,17 +291,23 @@ class Session:
                 metrics |= {key + suffix: value for key, value in found.items()}
         return metrics
 
-    def publish(self, metrics: dict[str, float]) -> Version:
-        """Policy and critic into the registry; engine and trackers are closed. A collective."""
-        self._track(metrics)
+    def close(self) -> None:
+        """Leave engine and trackers in good order."""
         self.engine.close()
         if self.run.recipe.trackers:
             self.spread.accelerator.end_training()
+
+    def publish(self, metrics: dict[str, float]) -> Version:
+        """Policy and critic into the registry; engine and trackers are closed. A collective."""
+        self._track(metrics)
+        self.close()
         with self.spread.gathered():
             return publish(self.run, self.roles, self.tokenizer, metrics, self.prompts.train[0].ids)
 
     def save(self) -> None:
-        """A checkpoint at the boundary between two steps. A collective."""
+        """A checkpoint at the boundary between two steps, where there can be one. A collective."""
+        if not self.spread.can_save:
+            return
         state = self.state
         tensors = training_tensors(self.updater.parameters, [self.updater.optimizer])
         tensors |= {f"previous/{name}": whole(tensor) for name, tensor in state.previous.items()}
@@ -309,6 +321,11 @@ class Session:
         """Continue from the last checkpoint of this very recipe, these inputs and this code, if there is one."""
         run, state = self.run, self.state
         last = run.last_checkpoint()
+        if last is not None and not self.spread.can_save:
+            raise UserError(
+                f"{last} cannot be continued under DeepSpeed; launch as before (alone, several processes, FSDP2), or "
+                f"delete {run.checkpoints} to begin again"
+            )
         if last is not None:
             tensors, plain = load_checkpoint(last)
             restore_training(tensors, self.updater.parameters, [self.updater.optimizer])

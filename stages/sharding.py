@@ -1,4 +1,4 @@
-"""How PPO's model is spread over processes: alone, replicated (DDP without a wrapper), or sharded by FSDP2.
+"""How PPO's model is spread over processes: alone, replicated (DDP without a wrapper), by FSDP2 or by DeepSpeed.
 
 Gradients are SUMS over the ranks: a loss that each rank divides by the global token count needs no factor of world.
 """
@@ -6,7 +6,7 @@ Gradients are SUMS over the ranks: a loss that each rank divides by the global t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import nn
 
 from baton.errors import UserError
+from baton.recipe import PPORecipe
 from stages.roles import Roles
+
+
+def open_spread(accelerator: Any, recipe: PPORecipe) -> Spread:
+    """What the launcher's configuration asks for; before any weight is loaded. Raises UserError."""
+    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
+        return Zero(accelerator, recipe)
+    return Spread(accelerator)
 
 
 class Spread:
@@ -30,17 +38,40 @@ class Spread:
         self.device = accelerator.device
         self.plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
         self._groups: list[tuple[Any, bool]] = []  # FSDP modules, children first; whether each reshards after forward
+        if self.plugin is not None:
+            from accelerate.utils import disable_fsdp_ram_efficient_loading
+
+            _refuse_what_would_be_ignored(accelerator, self.plugin)
+            disable_fsdp_ram_efficient_loading()  # or only rank 0 would load what is loaded from now on
 
     @property
     def sharded(self) -> bool:
+        """Whether a process holds only its part of the weights between two passes."""
         return self.plugin is not None and self.world > 1
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the weights are cut while the model computes."""
+        return self.world if self.sharded else 1
+
+    @property
+    def steps_itself(self) -> bool:
+        """Whether gradients are reduced, clipped and applied by `step`, and each micro-batch has one backward pass."""
+        return False
+
+    @property
+    def can_save(self) -> bool:
+        """Whether a run can be saved and continued."""
+        return True
+
+    def text(self) -> str:
+        """A line for a person; empty where nothing is sharded."""
+        return f"weights sharded over {self.world} processes by FSDP2" if self.sharded else ""
 
     def prepare(self, roles: Roles) -> None:
         """Shard the weights in place where FSDP2 was asked for; what the loop calls is then used like a forward."""
         if not self.sharded:
             return
-        if getattr(self.plugin, "fsdp_version", 1) != 2:
-            raise UserError("PPO spreads weights by FSDP2: set fsdp_version: 2 in the accelerate configuration")
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
         reshard = bool(self.plugin.reshard_after_forward)
@@ -115,6 +146,26 @@ class Spread:
         if self.sharded:
             self._groups[-1][0].set_requires_gradient_sync(last)
 
+    def adopt(self, roles: Roles, optimizer: torch.optim.Optimizer) -> Any:
+        """The optimizer whose `param_groups` count from now on."""
+        return optimizer
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around forward and backward passes, as many on every rank. A collective."""
+        return nullcontext()
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Trained parameters can be read and written, by all ranks alike. A collective."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this rank's part of the global loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> float:
+        """Where it `steps_itself`: clip and apply the gradients; their norm before clipping. A collective."""
+        raise NotImplementedError
+
     def sum_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """After the last backward: gradients of plain parameters become sums over the ranks, in one message.
 
@@ -165,8 +216,154 @@ class Spread:
                     parameter.grad.mul_(factor)
 
 
+class Zero(Spread):
+    """DeepSpeed's ZeRO: its engine reduces, clips and applies the gradients, and keeps the optimizer's state in parts.
+
+    Under ZeRO-3 the weights are in parts too, but only at rest: PPO calls its models from the inside, where DeepSpeed's
+    hooks do not gather, so all weights are whole while replies are sampled, scored and learnt from. Weights are never
+    offloaded by us; nothing is saved between steps.
+    """
+
+    def __init__(self, accelerator: Any, recipe: PPORecipe) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        super().__init__(accelerator)
+        self.recipe = recipe
+        self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+        _refuse_what_would_be_ignored(accelerator, accelerator.state.deepspeed_plugin)
+        settings = {
+            "ppo.critic_warmup_steps": recipe.ppo.critic_warmup_steps,
+            "ppo.kl_minibatch_stop_nats": recipe.ppo.kl_minibatch_stop_nats,
+            "rollout.engine: vllm": recipe.rollout.engine == "vllm",
+        }
+        for name, given in settings.items():
+            if given:
+                raise UserError(
+                    f"{recipe.path}: {name} does not go with DeepSpeed, which takes the optimizer's step by itself; "
+                    "leave it out, or launch with an FSDP2 configuration"
+                )
+        unset_hf_deepspeed_config()  # under ZeRO-3 transformers would load weights in parts, of shape (0,)
+        self._engine: Any = None
+        self._roles: Any = None
+        self._last = True
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds only its part of the weights between two passes."""
+        return self.stage == 3
+
+    @property
+    def shards(self) -> int:
+        """Into how many parts the weights are cut while the model computes."""
+        return 1
+
+    @property
+    def steps_itself(self) -> bool:
+        """Whether gradients are reduced, clipped and applied by `step`, and each micro-batch has one backward pass."""
+        return True
+
+    @property
+    def can_save(self) -> bool:
+        """Whether a run can be saved and continued."""
+        return False
+
+    def text(self) -> str:
+        """A line for a person."""
+        whole = "; weights are in parts only at rest, whole while the model computes" if self.sharded else ""
+        return (
+            f"DeepSpeed ZeRO-{self.stage} on {self.world} processes{whole}\n"
+            "no checkpoints under DeepSpeed: a run that is interrupted begins again (FSDP2 saves and continues)"
+        )
+
+    def prepare(self, roles: Roles) -> None:
+        """Nothing yet: DeepSpeed wants the optimizer too, see `adopt`."""
+
+    def adopt(self, roles: Roles, optimizer: torch.optim.Optimizer) -> Any:
+        """Hand model and optimizer to DeepSpeed."""
+        self.accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            {
+                "train_micro_batch_size_per_gpu": 1,  # it wants a number, and uses none: batches are ours
+                "gradient_accumulation_steps": 1,  # or it would divide the loss; `backward` tells it which is the last
+                "gradient_clipping": self.recipe.train.max_grad_norm,
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            }
+        )
+        self._roles, (self._engine, _) = roles, self.accelerator.prepare(roles, optimizer)
+        return self._engine.optimizer
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All parameters whole on every rank, no collective inside. A collective at the beginning."""
+        if not self.sharded or self._engine is None:
+            yield
+            return
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with deepspeed.zero.GatheredParameters(list(self._roles.parameters())):
+            remove_hooks(self._engine)
+            try:
+                yield
+            finally:
+                add_hooks(self._engine)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around forward and backward passes, as many on every rank. A collective."""
+        return self.gathered()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Trained parameters can be read and written, by all ranks alike, but not be trained on. A collective."""
+        if not self.sharded:
+            yield
+            return
+        import deepspeed
+
+        # without the rank that changes them, changes would be dropped
+        with deepspeed.zero.GatheredParameters(list(self._roles.trained_parameters().values()), modifier_rank=0):
+            yield
+
+    def accumulate(self, last: bool) -> None:
+        """Called before each micro-batch's forward: only the last one of a minibatch ends in a step."""
+        self._last = last
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this rank's part of the global loss; once a micro-batch."""
+        self._engine.set_gradient_accumulation_boundary(self._last)
+        # what the engine's own forward would do: it counts the micro-batches
+        self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss * self.world)  # it takes the mean over the ranks
+
+    def sum_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Nothing: the backward passes have done it."""
+
+    def step(self) -> float:
+        """Clip and apply the gradients; their norm before clipping. A collective."""
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+
+def _refuse_what_would_be_ignored(accelerator: Any, plugin: Any) -> None:
+    """Raises UserError for settings of the accelerate configuration that PPO does not follow."""
+    if hasattr(plugin, "fsdp_version") and plugin.fsdp_version != 2:
+        raise UserError(
+            f"the accelerate configuration has fsdp_version: {plugin.fsdp_version}, and PPO spreads weights by FSDP2; "
+            "set fsdp_version: 2 under fsdp_config"
+        )
+    if getattr(plugin, "activation_checkpointing", False):
+        raise UserError(
+            "the accelerate configuration has fsdp_activation_checkpointing, which PPO does not do; leave it out, and "
+            "lower train.tokens_per_micro_batch to save memory"
+        )
+    if accelerator.mixed_precision != "no":
+        raise UserError(
+            f"the accelerate configuration has mixed_precision: {accelerator.mixed_precision}; the recipe's dtype says "
+            'what is computed in: set mixed_precision: "no"'
+        )
+
+
 def _square(grads: list[torch.Tensor], device: Any) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for grad in grads:
-        total = total + grad.double().square().sum()
-    return total
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.nn.utils.get_total_norm(grads, foreach=True).double().square()

@@ -29,7 +29,7 @@ class Updater:
     def __init__(self, recipe: PPORecipe, roles: Roles, spread: Spread, ptx: Sequence[TextRow], pad_id: int) -> None:
         self.recipe, self.roles, self.spread, self.ptx, self.pad_id = recipe, roles, spread, ptx, pad_id
         self.parameters = roles.trained_parameters()
-        self.optimizer = make_optimizer(roles, recipe)
+        self.optimizer = spread.adopt(roles, make_optimizer(roles, recipe))
         self.device = spread.device
 
     def update(
@@ -40,17 +40,18 @@ class Updater:
         warming = step < settings.critic_warmup_steps
         set_learning_rates(self.optimizer, recipe, step)
         sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=self.device)
-        norms: list[tuple[float, float]] = []
+        norms: list[tuple[float, ...]] = []
         ptx_losses: list[float] = []
         worst = 0.0
         stopped = False
         for epoch in range(settings.epochs):
             for at, minibatch in enumerate(minibatches):
                 self.optimizer.zero_grad(set_to_none=True)
-                if self.ptx and not warming:
-                    turn = (step * settings.epochs + epoch) * len(minibatches) + at
-                    ptx_losses.append(self.add_ptx(turn, sum(len(s.batch.members) for s in minibatch)))
-                found, gap = self.add_gradients(minibatch, kl_coefficient, deviation, warming=warming)
+                with self.spread.computing():
+                    if self.ptx and not warming:
+                        turn = (step * settings.epochs + epoch) * len(minibatches) + at
+                        ptx_losses.append(self.add_ptx(turn, sum(len(s.batch.members) for s in minibatch)))
+                    found, gap = self.add_gradients(minibatch, kl_coefficient, deviation, warming=warming)
                 if epoch == at == 0 and not warming:
                     worst = self.check_same_policy(gap)
                 tokens = max(float(found[FIGURES.index("tokens")]), 1.0)
@@ -79,15 +80,15 @@ class Updater:
         tokens, states = self.spread.sum(counts).clamp(min=1).tolist()
         sums = torch.zeros(len(FIGURES), dtype=torch.float64, device=self.device)
         worst = torch.zeros((), device=self.device)
-        shared = self.recipe.ppo.critic == "shared"
+        joint = self.recipe.ppo.critic == "shared" or self.spread.steps_itself
         for at, scored in enumerate(minibatch):
             self.spread.accumulate(at == len(minibatch) - 1)
             batch = scored.batch
-            if shared:
+            if joint:
                 forward = self.roles(batch, entropy_gradient=self.recipe.ppo.entropy_coefficient > 0)
                 policy, figures = self.policy_part(scored, forward.logprobs, forward.entropies, kl_coefficient)
                 value, others = self.value_part(scored, forward.values, deviation)
-                (policy / tokens + value / states).backward()
+                self.spread.backward(policy / tokens + value / states)
                 sums += figures + others
             else:
                 # one graph after the other: half the activations live at a time
@@ -96,13 +97,13 @@ class Updater:
                         batch, entropy_gradient=self.recipe.ppo.entropy_coefficient > 0
                     )
                     policy, figures = self.policy_part(scored, logprobs, entropies, kl_coefficient)
-                    (policy / tokens).backward()
+                    self.spread.backward(policy / tokens)
                     sums += figures
                 value, figures = self.value_part(scored, self.roles.values(batch), deviation)
-                (value / states).backward()
+                self.spread.backward(value / states)
                 sums += figures
-            if (shared or not warming) and batch.is_response.any():
-                new = forward.logprobs if shared else logprobs
+            if (joint or not warming) and batch.is_response.any():
+                new = forward.logprobs if joint else logprobs
                 gaps = (new.detach() - scored.old_logprobs)[batch.is_response].abs()
                 worst = torch.maximum(worst, gaps.max().to(worst.dtype))
         self.spread.sum_gradients(self.parameters)
@@ -169,23 +170,21 @@ class Updater:
         self.spread.accumulate(False)
         for batch in batches:
             loss = -(self.roles.policy(batch, temperature=1.0).logprobs).sum()
-            (self.recipe.ppo.ptx_coefficient * loss / tokens).backward()  # type: ignore[no-untyped-call]
+            self.spread.backward(self.recipe.ppo.ptx_coefficient * loss / tokens)
             total_loss += loss.detach().double()
         return float(self.spread.sum(total_loss) / tokens)
 
-    def step(self, warming: bool) -> tuple[float, float]:
-        """Clip and apply the gradients; (norm of the policy's, norm of the critic's) before clipping."""
+    def step(self, warming: bool) -> tuple[float, ...]:
+        """Clip and apply the gradients; the norms before clipping: the policy's and the critic's, or one for both."""
+        if self.spread.steps_itself:
+            return (_finite(self.spread.step()),)
         policy = [p for name, p in self.parameters.items() if not self.roles.is_critics(name)]
         critic = [p for name, p in self.parameters.items() if self.roles.is_critics(name)]
         if warming:
             for parameter in policy:
                 parameter.grad = None  # no step, no decay, no moments
         norms = self.spread.norm(policy), self.spread.norm(critic)
-        norm = math.hypot(*norms)
-        if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm}; lower train.learning_rate (checkpoints are untouched)"
-            )
+        norm = _finite(math.hypot(*norms))
         self.spread.scale(self.parameters.values(), min(1.0, self.recipe.train.max_grad_norm / (norm + 1e-6)))
         self.optimizer.step()
         return norms
@@ -204,7 +203,7 @@ class Updater:
     def figures(
         self,
         sums: torch.Tensor,
-        norms: list[tuple[float, float]],
+        norms: list[tuple[float, ...]],
         ptx: list[float],
         worst: float,
         *,
@@ -213,20 +212,22 @@ class Updater:
     ) -> dict[str, float]:
         """What metrics.jsonl says of the update: means over tokens and states, over all epochs that were made."""
         totals = dict(zip(FIGURES, sums.tolist(), strict=True))
-        tokens, states, steps = max(totals["tokens"], 1), max(totals["states"], 1), max(len(norms), 1)
+        tokens, states = max(totals["tokens"], 1), max(totals["states"], 1)
         found = {
             "loss/value": totals["value"] / states,
             "clip_fraction/value": totals["value_clipped"] / states,
-            "grad_norm/value": sum(norm[1] for norm in norms) / steps,
             "optimizer_steps": len(norms),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
+        names = ("grad_norm",) if self.spread.steps_itself else ("grad_norm/policy", "grad_norm/value")
+        for at, name in enumerate(names):
+            if not (warming and name == "grad_norm/policy"):
+                found[name] = sum(norm[at] for norm in norms) / max(len(norms), 1)
         if not warming:
             found |= {
                 "loss/policy": totals["policy"] / tokens,
                 "clip_fraction/policy": totals["clipped"] / tokens,
                 "approx_kl_nats": totals["approx_kl"] / tokens,
-                "grad_norm/policy": sum(norm[0] for norm in norms) / steps,
                 "first_ratio_gap": worst,
                 "stopped_by_kl": float(stopped),
             }
@@ -252,6 +253,8 @@ def make_optimizer(roles: Roles, recipe: PPORecipe) -> torch.optim.Optimizer:
         betas=(0.9, train.adam_beta2),
         eps=1e-5,
         weight_decay=train.weight_decay,
+        # one kernel for all parameters; sharded ones are not plain tensors
+        fused=not any(hasattr(parameter, "full_tensor") for parameter in named.values()),
     )
 
 
@@ -265,6 +268,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: PPORecipe, step
         factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[train.schedule]
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
+
+
+def _finite(norm: float) -> float:
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}; lower train.learning_rate (checkpoints are untouched)")
+    return norm
 
 
 def _figures(numbers: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:

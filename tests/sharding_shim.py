@@ -1,6 +1,6 @@
 """Runs a program with its weights sharded on CPUs, where accelerate has it fall back to plain DDP without a word.
 
-python -m tests.sharding_shim MODULE ARGUMENTS…, started by `accelerate launch` with an FSDP2 or DeepSpeed configuration.
+python -m tests.sharding_shim MODULE ARGUMENTS…, under `accelerate launch` with an FSDP2 or DeepSpeed configuration.
 """
 
 import os

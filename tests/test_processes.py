@@ -13,11 +13,12 @@ from baton.errors import UserError
 from tests.conftest import program_environment, run_stage
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
+NORMS = {"grad_norm/policy", "grad_norm/value"}
 COMPARED = {
     "pretrain": {"loss", "grad_norm", "eval/loss", "eval/bits_per_byte"},
     "sft": {"loss", "grad_norm", "eval/loss_before", "eval/loss"},
     "reward": {"loss", "grad_norm", "eval/loss", "eval/accuracy", "eval/margin"},
-    "ppo": {"reward", "kl_nats", "length", "eos_rate", "loss/policy", "loss/value", "grad_norm", "eval/reward"},
+    "ppo": {"reward", "kl_nats", "length", "eos_rate", "loss/policy", "loss/value", "eval/reward"} | NORMS,
 }
 
 

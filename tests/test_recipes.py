@@ -1,6 +1,7 @@
-"""The shipped recipes are valid, and recipes/README.md says what there is: every key with its default, and no other."""
+"""The shipped recipes are valid, and the READMEs say what there is: every key with its default, commands that work."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -9,13 +10,19 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from baton.chain import Options, plan
+from baton.chain import Options, plan, recipe_files, route_overrides
 from baton.data.formats import SERVES
+from baton.launch import PROGRAMS, config_value
+from baton.ppo_sections import RewardSource
 from baton.recipe import RECIPES, PPORecipe, Recipe, Source, Train, TrainedRecipe, load_recipe
+from tests.conftest import run_stage
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "recipes"
 SHIPPED = sorted(FOLDER.glob("*/*.yaml"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
+BOTH = (ROOT / "README.md").read_text(encoding="utf-8") + README
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", BOTH, re.MULTILINE | re.DOTALL)
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## )[\s\S])*)", README, re.MULTILINE))
 
 
@@ -26,10 +33,26 @@ def documented(section: str) -> dict[str, str]:
     return {key: default.strip("`") for key, default in rows}
 
 
+def commands() -> list[list[str]]:
+    """Every command of both READMEs as words; comments and what only stands for more are left out."""
+    found = []
+    for text in [text for language, text in BLOCKS if language in ("", "bash")]:
+        waiting = ""
+        for line in text.replace("\\\n", " ").splitlines():
+            waiting += re.sub(r"(^|\s+)#.*", "", line) + "\n"
+            try:
+                words = shlex.split(waiting)
+            except ValueError:
+                continue  # a quotation goes on in the next line
+            found.append([word for word in words if word != "…"])
+            waiting = ""
+    return found
+
+
 def sections_of(annotation: Any) -> type[BaseModel] | None:
-    """The model of a section, optional ones included; None for a value or a list."""
+    """The model of a section, optional ones included; None for a value, a list or a reward, which has its own table."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return None if annotation is RewardSource else annotation
     if get_origin(annotation) is list:
         return None
     return next((found for part in get_args(annotation) if (found := sections_of(part))), None)
@@ -102,8 +125,9 @@ def test_shared_tables_hold_what_is_shared() -> None:
     assert {key.removeprefix("train.") for key in documented("Keys of every training")} == set(Train.model_fields)
 
 
-def test_the_keys_of_a_source_are_documented() -> None:
-    said, keys = documented("Sources"), keys_of(Source)
+@pytest.mark.parametrize(("section", "model"), [("Sources", Source), ("Rewards", RewardSource)])
+def test_the_keys_of_a_source_are_documented(section: str, model: type[BaseModel]) -> None:
+    said, keys = documented(section), keys_of(model)
     assert sorted(said) == sorted(keys)
     assert [key for key, field in keys.items() if not defaults_agree(field, said[key])] == []
 
@@ -119,3 +143,80 @@ def test_the_walk_sees_lists_sections_and_optional_sections() -> None:
     """Else the comparison above would pass on nothing."""
     assert {"data.train", "ppo.lam", "publish_value.name", "train.critic_learning_rate"} <= set(keys_of(PPORecipe))
     assert len(keys_of(PPORecipe)) > 30
+
+
+def test_every_baton_run_of_the_readmes_is_read() -> None:
+    """Each override reaches a key of a shipped recipe, and the recipe stays valid; `mine` is a copy of smollm2."""
+    runs = [words[2:] for words in commands() if words[:2] == ["baton", "run"] and words[2].startswith("recipes/")]
+    assert len(runs) >= 10
+    for folder, *rest in runs:
+        options = {word for word in rest if word.startswith("--")}
+        assert options <= {"--from", "--only", "--processes", "--config_file"}, rest
+        paths = recipe_files(ROOT / folder.replace("/mine", "/smollm2"))
+        overrides = [word for word in rest if re.match(r"[\w.]+=", word)]
+        for stage, routed in route_overrides(paths, overrides).items():
+            load_recipe(paths[stage], routed)
+
+
+def test_every_launch_of_the_readmes_names_a_program_and_a_valid_recipe() -> None:
+    launches = [words for words in commands() if "launch" in words and "-m" in words]
+    assert len(launches) >= 3
+    for words in launches:
+        program, recipe, *overrides = words[words.index("-m") + 1 :]
+        stage = next(stage for stage, module in PROGRAMS.items() if module == program)
+        if recipe.endswith(".yaml"):
+            assert load_recipe(ROOT / recipe, overrides).stage == stage
+
+
+def test_benchmarks_of_the_readme_have_the_options_that_it_gives_them() -> None:
+    found = [words for words in commands() if words[:1] == ["python"] and any("bench" in word for word in words)]
+    assert len(found) == 3
+    for words in found:
+        name = next(word for word in words if "bench" in word)
+        source = (ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+
+
+def test_the_example_for_fsdp2_is_a_configuration(tmp_path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    (text,) = [text for language, text in BLOCKS if language == "yaml" and "distributed_type" in text]
+    (tmp_path / "fsdp2.yaml").write_text(text)
+    config = load_config_from_file(str(tmp_path / "fsdp2.yaml"))
+    assert config.fsdp_config["fsdp_version"] == 2 and config_value(tmp_path / "fsdp2.yaml", "num_processes") == "8"
+
+
+def test_the_example_rewards_are_valid() -> None:
+    (text,) = [text for language, text in BLOCKS if language == "yaml" and "reward:" in text]
+    recipe = yaml.safe_load((FOLDER / "micro" / "ppo.yaml").read_text()) | yaml.safe_load(text)
+    rewards = PPORecipe.model_validate(recipe | {"run_dir": "x", "registry": "x"}).rewards
+    assert [reward.label for reward in rewards] == ["reward", "safety", "no_lists", "judge"]
+
+
+def test_ppo_learns_from_the_rewards_of_the_readmes(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both examples as a person would use them: a file in the current folder, named in the recipe."""
+    code = [text for language, text in BLOCKS if language == "python"]
+    assert len(code) == 2
+    (tmp_path / "my_rules.py").write_text("\n\n".join(code))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    chain = tiny_chain.unpublished("ppo", tmp_path)
+    functions = "{function: 'my_rules:short_and_sure', weight: 0.5, arguments: {most: 2}}"
+    functions += ", {function: 'my_rules:no_lists', arguments: {most: 0}}"
+    rewards = f"reward=[{{model: 'tiny/reward:candidate'}}, {functions}]"
+    run_stage("ppo", chain.recipe("ppo", rewards, "train.steps=1", "data.questions=[]", "samples=0"))
+    row = chain.metrics("ppo")[0]
+    assert row["reward"] == pytest.approx(
+        row["reward/reward"] + 0.5 * row["reward/short_and_sure"] + row["reward/no_lists"]
+    )
+    assert 2 / 8 <= row["reward/short_and_sure"] <= 1 and row["reward/no_lists"] == 0
+
+
+def test_every_metric_and_sample_of_ppo_is_documented(tiny_chain: Any) -> None:
+    said = set(re.findall(r"`([\w/]+)`", SECTIONS["ppo"]))
+    rows = tiny_chain.metrics("ppo")
+    rows += [yaml.safe_load(line) for line in (tiny_chain.run_dir("ppo") / "samples.jsonl").read_text().splitlines()]
+    written = {re.sub(r"^(answers|mentions)/\w+$", r"\1/GROUP", key.removesuffix("_before")) for r in rows for key in r}
+    assert written - said == set() and len(written) > 40

@@ -37,8 +37,8 @@ def check_engine(engine: Sequence[Sequence[float]], trainer: Sequence[Sequence[f
     raise UserError(
         f"the rollout engine and the trainer disagree about the sampled tokens: {found:.4g} nats a token on average "
         f"over {len(gaps):,} tokens (at most {limit:g}; see rollout.drift_nats); the worst is {worst:.4g} nats "
-        f"at token {at} of reply {reply}. The engine has other weights, or computes otherwise: check that it serves the same "
-        "base, dtype and adapter; where only its numerics differ, raise rollout.drift_nats and set "
+        f"at token {at} of reply {reply}. The engine has other weights, or computes otherwise: check that it "
+        "serves the same base, dtype and adapter; where only its numerics differ, raise rollout.drift_nats and set "
         "rollout.importance_cap"
     )
 

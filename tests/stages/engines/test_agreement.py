@@ -14,7 +14,7 @@ def test_drift_is_the_mean_over_tokens_not_over_replies() -> None:
     engine, trainer = [[-1.0, -2.0], [-0.5, -3.0, -1.0]], [[-1.1, -1.7], [-0.7, -3.0, -0.6]]
     assert drift_nats(engine, trainer) == pytest.approx(0.2)
     assert check_engine(engine, trainer, 0.2001) == pytest.approx(0.2)
-    said = r"0\.2 nats a token .* over 5 tokens .* 0\.1\); .* 0\.4 nats at token 2 of reply 1"
+    said = r"0\.2 nats a token .* over 5 tokens .at most 0\.1; .* 0\.4 nats at token 2 of reply 1"
     with pytest.raises(UserError, match=said):
         check_engine(engine, trainer, 0.1)
 
