@@ -122,6 +122,12 @@ class Algorithm(Strict):
             raise ValueError("kl_in: loss needs kl_estimator k2 or k3: the gradient of k1 is zero in expectation")
         if self.kl_target_nats is not None and not self.kl_coefficient:
             raise ValueError("kl_target_nats adapts kl_coefficient, which must not be zero then")
+        if self.kl_in == "loss" and not self.kl_coefficient:
+            raise ValueError("kl_in: loss with kl_coefficient: 0 would have no KL anywhere; give it a coefficient")
+        if "overlong_penalty" in self.model_fields_set and self.overlong_tokens is None:
+            raise ValueError("overlong_penalty needs overlong_tokens: how many tokens before the limit it grows over")
+        if "kl_horizon_episodes" in self.model_fields_set and self.kl_target_nats is None:
+            raise ValueError("kl_horizon_episodes is for an adaptive coefficient: set kl_target_nats, or leave it out")
         if self.clip_ratio_high is not None and self.clip_ratio_high < self.clip_ratio:
             raise ValueError("clip_ratio_high bounds the ratio from above and must not be below clip_ratio")
         return self

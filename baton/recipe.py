@@ -318,6 +318,12 @@ class PPORecipe(TrainedRecipe):
             )
         if self.policy == "full" and self.rollout.engine == "vllm":
             raise ValueError("engine: vllm takes the policy as an adapter; policy: full needs another engine")
+        if self.ppo.critic_warmup_steps >= self.train.steps:
+            raise ValueError("ppo.critic_warmup_steps must be below train.steps: the policy would never be trained")
+        if self.gold is not None and (self.gold.name or "weight" in self.gold.model_fields_set):
+            raise ValueError("gold is one reward that is only measured: name and weight would be ignored")
+        if self.ppo.overlong_tokens is not None and self.ppo.overlong_tokens > self.rollout.max_new_tokens:
+            raise ValueError("ppo.overlong_tokens exceeds rollout.max_new_tokens: every reply would be overlong")
         if self.lora is not None and self.lora.dropout:
             raise ValueError("PPO trains without dropout: old and new log-probabilities must come from one function")
         if self.policy == "full" and self.lora is not None:
@@ -326,6 +332,8 @@ class PPORecipe(TrainedRecipe):
             raise ValueError("train.eval_every needs data.eval: held-out prompts to measure on")
         if self.gold is not None and not self.data.eval:
             raise ValueError("gold is measured on held-out prompts: it needs data.eval")
+        if self.train.eval_every is not None and self.train.eval_every > self.train.steps:
+            raise ValueError("train.eval_every exceeds train.steps: nothing would be measured on the way")
         return self
 
     @property

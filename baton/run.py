@@ -384,20 +384,24 @@ Result = TypeVar("Result")
 
 
 def _on_main(state: PartialState, work: Callable[[], Result]) -> Result:
-    """Run `work` on rank 0 and give its result, or its UserError, to every process."""
+    """Run `work` on rank 0 and give its result to every process; where it fails, it fails on all of them."""
     if state.num_processes == 1:
         return work()
     from accelerate.utils import broadcast_object_list
 
-    box: list[Any] = [None, None]
+    box: list[Any] = [None, None, False]
+    mine: Exception | None = None
     if state.is_main_process:
         try:
             box[0] = work()
-        except UserError as error:
-            box[1] = str(error)
+        except Exception as error:
+            mine = error
+            box[1:] = [str(error), isinstance(error, UserError)]
     broadcast_object_list(box)
+    if mine is not None:
+        raise mine
     if box[1] is not None:
-        raise UserError(box[1])
+        raise (UserError if box[2] else RuntimeError)(f"on the main process: {box[1]}")
     return box[0]
 
 

@@ -16,4 +16,4 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Strict(BaseModel):
     """A section of a recipe: unknown keys are errors, values are never written back."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

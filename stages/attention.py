@@ -15,18 +15,16 @@ NAME = "baton_short_causal"
 SHORT = 512
 """Up to about this many tokens a row it is the faster way: beyond, the table of L x L weights costs too much."""
 ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3"}
-"""Decoders whose attention is a plain softmax of scaled products; sliding windows are longer than SHORT."""
+"""Decoders whose attention is a plain softmax of scaled products, with a sliding window perhaps."""
 
 
 def choose_attention(model: Any, length: int) -> None:
     """Let the model's layers use the attention that suits rows of `length` tokens."""
     config = model.config
-    if length > SHORT or config.model_type not in ARCHITECTURES:
-        chosen = "eager" if length <= SHORT else "sdpa"
-    else:
-        chosen = _registered()
-    if config._attn_implementation != chosen:
-        config._attn_implementation = chosen
+    window = getattr(config, "sliding_window", None)
+    if length > SHORT or config.model_type not in ARCHITECTURES or (window and window < length):
+        return  # what the model was loaded with knows its windows, sinks and caps
+    config._attn_implementation = _registered()
 
 
 @lru_cache(maxsize=1)
@@ -60,6 +58,12 @@ def _attend(
 
 def short_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """softmax(scale q k^T) v over the tokens up to each one's own: (B, h, L, d)."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # once, here: the backward pass runs outside autocast and must find one number format
+        narrow = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return short_causal_attention(query.to(narrow), key.to(narrow), value.to(narrow), scale)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(query, key, value, scale)  # type: ignore[no-any-return,no-untyped-call]
     return _weights(query, key, scale).bmm(_by_key_head(value, value)).view(query.shape)

@@ -90,13 +90,16 @@ class HeldOut:
         def text(ids: list[int]) -> str:
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-        return judge(
-            [text(episode.prompt) for episode in episodes],
-            [text(episode.reply.ids) for episode in episodes],
-            {label: scores[label].tolist() for label in self.scorer.weights},
-            self.scorer.weights,
-            kl.tolist(),
-            [len(episode.reply.ids) for episode in episodes],
-            [episode.reply.ended for episode in episodes],
-            scores[GOLD].tolist() if gold else None,
-        )
+        def judged() -> list[Judged]:
+            return judge(
+                [text(episode.prompt) for episode in episodes],
+                [text(episode.reply.ids) for episode in episodes],
+                {label: scores[label].tolist() for label in self.scorer.weights},
+                self.scorer.weights,
+                kl.tolist(),
+                [len(episode.reply.ids) for episode in episodes],
+                [episode.reply.ended for episode in episodes],
+                scores[GOLD].tolist() if gold else None,
+            )
+
+        return list(self.spread.together(judged))

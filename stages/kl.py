@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,4 +38,5 @@ class KLCoefficient:
         if self.target_nats is None:
             return
         error = min(max(kl_nats / self.target_nats - 1, -0.2), 0.2)
-        self.value *= 1 + error * episodes / self.horizon_episodes
+        # the exponential of the paper's 1 + x, which would turn negative where a batch is longer than the horizon
+        self.value *= math.exp(error * episodes / self.horizon_episodes)

@@ -67,6 +67,8 @@ class Family:
         """(weight (out, in), bias (out,) or None) of all members."""
         if len(self.members) > 1:
             assert self._weight is not None
+            first: Any = self.members[0].base.weight
+            assert first.data_ptr() == self._weight.data_ptr(), "join comes after the last .to() or copy of the model"
             return self._weight, self._bias
         member = self.members[0]
         weight: Any = member.base.weight

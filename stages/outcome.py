@@ -33,6 +33,9 @@ def publish(
         tokenizer.save_pretrained(folder)
         if cast.policy == "full":
             _copy_generation_config(cast.base, folder)
+        samples = run.folder / "samples.jsonl"
+        if samples.is_file():
+            (folder / samples.name).write_bytes(samples.read_bytes())
         check_policy(roles, folder, ids)
 
     def write_value(folder: Path) -> None:
@@ -59,8 +62,16 @@ def _copy_generation_config(base: Path, folder: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
 
 
-def _bounds(dtype: torch.dtype) -> float:
-    """Largest divergence, in nats, between the model in memory and the reloaded one."""
+def _coarser(dtype: torch.dtype, complete: Path | None) -> torch.dtype:
+    """The number format that decides how exactly a model comes back: a complete one is saved in its base's own."""
+    from transformers import AutoConfig
+
+    saved = AutoConfig.from_pretrained(complete).dtype if complete else None
+    return dtype if saved in (None, torch.float32) else torch.bfloat16
+
+
+def _bound_nats(dtype: torch.dtype) -> float:
+    """Largest divergence between the model in memory and the reloaded one."""
     return 1e-6 if dtype is torch.float32 else 1e-2
 
 
@@ -81,7 +92,7 @@ def check_policy(roles: Roles, folder: Path, ids: list[int]) -> None:
     with roles.acting_as(POLICY) as model:
         ours = model(input_ids=given).logits[0, -1].float().log_softmax(-1)
     gap = float((ours.exp() * (ours - theirs)).sum())
-    if not gap <= _bounds(dtype):
+    if not gap <= _bound_nats(_coarser(dtype, folder if roles.cast.policy == "full" else None)):
         raise RuntimeError(
             f"the policy does not survive being saved: reloaded, its next-token distribution is {gap:.3g} nats away "
             "from the policy in memory; nothing was published"
@@ -110,7 +121,7 @@ def check_value(roles: Roles, folder: Path, tokenizer: PreTrainedTokenizerBase, 
     # the value of the state that a reply of one token starts from is read at the prompt's last token
     episode = Episode(0, ids, Reply([ids[-1]], False))
     ours = float(roles.values(make_micro_batch([episode], [0], 0).to(device))[0, 0])
-    bound = 1e-4 if dtype is torch.float32 else 5e-2
+    bound = 1e-4 if _coarser(dtype, folder if complete else None) is torch.float32 else 5e-2
     if not abs(ours - theirs) <= bound * max(1.0, abs(ours)):
         raise RuntimeError(
             f"the critic does not survive being saved: reloaded, it gives {theirs:.4g} where the critic in memory "

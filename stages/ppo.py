@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from baton.recipe import PPORecipe
@@ -34,15 +35,13 @@ def main(recipe: PPORecipe) -> Version:
 
     started = time.monotonic()
     train, settings = recipe.train, recipe.ppo
-    session = Session.open(run)
-    run.say(session.introduction())
-    state = session.state
-
-    over_budget = False
     with (
+        closing(Session.open(run)) as session,
         Preemption() as preemption,
-        Progress("ppo", train.steps, "episodes", state.step, shown=run.is_main) as progress,
+        Progress("ppo", train.steps, "episodes", session.state.step, shown=run.is_main) as progress,
     ):
+        run.say(session.introduction())
+        state, over_budget = session.state, False
         while state.step < train.steps and not over_budget:
             clock = [time.perf_counter()]
             chosen, episodes = collect(session.engine, session.prompts.train, recipe, session.spread, state.step)
@@ -67,7 +66,7 @@ def main(recipe: PPORecipe) -> Version:
             figures |= set_advantages(minibatches, recipe, session.spread, state.kl.value)
             clock.append(time.perf_counter())
             figures |= session.updater.update(minibatches, state.step, state.kl.value, state.scale.deviation)
-            session.engine.push()
+            session.spread.together(session.engine.push)
             clock.append(time.perf_counter())
             state.kl.adapt(figures["kl_nats"], train.episodes_per_batch)
             state.step += 1
@@ -81,13 +80,12 @@ def main(recipe: PPORecipe) -> Version:
             if leaving or state.step % train.save_every == 0 or state.step == train.steps:
                 session.save()
             if leaving:
-                session.close()
                 raise Preempted(state.step)
 
-    metrics = session.conclude(went_back=over_budget and bool(state.previous))
-    metrics["seconds"] = round(time.monotonic() - started, 1)
-    run.log(state.step, metrics)
-    return run.finish(session.publish(metrics))
+        metrics = session.conclude(went_back=over_budget and bool(state.previous))
+        metrics["seconds"] = round(time.monotonic() - started, 1)
+        run.log(state.step, metrics)
+        return run.finish(session.publish(metrics))
 
 
 def collect(
@@ -102,7 +100,7 @@ def collect(
     rows = [prompts[at[place]] for place in mine]
     indices = [step * total + place for place in mine]
     with spread.gathered():
-        replies = engine.generate([row.ids for row in rows], indices)
+        replies = spread.together(lambda: engine.generate([row.ids for row in rows], indices))
     return rows, [Episode(i, row.ids, reply) for i, row, reply in zip(indices, rows, replies, strict=True)]
 
 

@@ -56,10 +56,16 @@ def read_prompts(run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase, questi
     train, held_out = _rows(run, data.train, "train", "prompt"), _rows(run, data.eval, "eval", "prompt")
     return Prompts(
         train=_encode(run, tokenizer, train, "train"),
-        eval=_encode(run, tokenizer, held_out, "eval")[:EVAL_PROMPTS],
+        eval=_some(run, _encode(run, tokenizer, held_out, "eval")),
         questions=questions,
         ptx=_ptx(run, tokenizer),
     )
+
+
+def _some(run: Run[PPORecipe], rows: list[PromptRow]) -> list[PromptRow]:
+    if len(rows) > EVAL_PROMPTS:
+        run.say(f"eval: measuring on the first {EVAL_PROMPTS} of {len(rows):,} prompts")
+    return rows[:EVAL_PROMPTS]
 
 
 def _rows(run: Run[PPORecipe], sources: list[Source], use: str, kind: str) -> list[dict[str, Any]]:
@@ -81,10 +87,10 @@ def _encode(
         run.say(f"{use}: {len(rows) - len(plain):,} prompts that spell out a special token dropped")
     encoded = [PromptRow(row["prompt"], encode_prompt(tokenizer, row["prompt"]), row["columns"]) for row in plain]
     kept = [row for row in encoded if len(row.ids) <= limit]
-    if encoded and not kept:
+    if rows and not kept:
         raise UserError(
-            f"data.{use}: none of {len(encoded):,} prompts is left: all are longer than rollout.max_prompt_tokens = "
-            f"{limit}; raise it"
+            f"data.{use}: none of {len(rows):,} prompts is left: all are longer than rollout.max_prompt_tokens = "
+            f"{limit}, which could be raised, or spell out a special token"
         )
     if len(kept) < len(encoded):
         run.say(f"{use}: {len(encoded) - len(kept):,} prompts longer than {limit} tokens dropped")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
+from baton.errors import UserError
 from baton.recipe import Lora
 from stages.adapters import attach, attach_new, save_adapter
 from stages.attention import choose_attention
@@ -20,6 +21,9 @@ from stages.lora import Acting, Addition, SharedLinear, families, join_families
 from stages.micro_batch import MicroBatch
 
 POLICY, REFERENCE, VALUE = "policy", "reference", "value"
+
+CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+"""Settings by which architectures change their logits after the head."""
 
 Critic = Literal["adapter", "shared", "separate"]
 
@@ -42,7 +46,8 @@ class Cast:
     lora: Lora | None = None  # of a new policy adapter, where SFT has none
     policy: Literal["adapter", "full"] = "adapter"
     critic: Critic = "adapter"
-    critic_start: Path | None = None  # the reward adapter that the critic starts from
+    critic_start: Path | None = None  # the reward adapter that the critic starts from; SFT's where there is none
+    critic_weight: float = 1.0  # of that reward in the sum that the critic predicts
 
 
 class Roles(nn.Module):
@@ -84,7 +89,9 @@ class Roles(nn.Module):
         self._make_critic(hidden)
 
         for name, parameter in self.named_parameters():
-            trained = f".{POLICY}." in name or f".{VALUE}." in name or name.startswith(("policy_", "value_"))
+            trained = name.startswith(("policy_", "value_")) or any(
+                f".additions.{role}." in name for role in (POLICY, VALUE)
+            )
             parameter.requires_grad_(trained)
             if trained:
                 parameter.data = parameter.data.float()  # a bfloat16 parameter would swallow small updates
@@ -100,10 +107,15 @@ class Roles(nn.Module):
 
     def _own_copy(self, kind: Any, adapter: Path | None, **options: int) -> Any:
         """A trainable copy of the base, in float32, with `adapter` merged into it."""
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         model = kind.from_pretrained(self.cast.base, dtype=torch.float32, **options)
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
+        if adapter is None:
+            return model
+        config = PeftConfig.from_pretrained(str(adapter))
+        if config.task_type == "CAUSAL_LM":
+            config.task_type = None  # SFT's adapter on a classifier: the layers alone
+        return PeftModel.from_pretrained(model, adapter, config=config).merge_and_unload()
 
     def _make_critic(self, hidden: int) -> None:
         cast = self.cast
@@ -111,20 +123,20 @@ class Roles(nn.Module):
         if cast.critic == "separate":
             from transformers import AutoModelForSequenceClassification
 
-            self.value_model: Any = self._own_copy(AutoModelForSequenceClassification, cast.critic_start, num_labels=1)
-            if start is None:
-                self.value_model.score.weight.data.zero_()
+            begin = cast.critic_start or cast.sft
+            self.value_model: Any = self._own_copy(AutoModelForSequenceClassification, begin, num_labels=1)
+            self.value_model.score.weight.data.mul_(cast.critic_weight if start is not None else 0.0)
             self.value_head = self.value_model.score
             return
         if cast.critic == "adapter":
-            if cast.critic_start is not None:
-                self._attach(VALUE, cast.critic_start)
+            begin = cast.critic_start or cast.sft
+            if begin is not None:
+                self._attach(VALUE, begin)
             else:
-                held = self._configs.get(REFERENCE)
-                lora = cast.lora or (_lora_of(held) if held else Lora())
-                self._configs[VALUE] = attach_new(self.shared, VALUE, lora, self._acting, self._seed + 1)
+                self._configs[VALUE] = attach_new(self.shared, VALUE, cast.lora or Lora(), self._acting, self._seed + 1)
         # a head that was trained on another role's states says nothing about these: zero is an honest start
-        self.value_head = _head(start if cast.critic == "adapter" else None, hidden)
+        known = start is not None and cast.critic == "adapter"
+        self.value_head = _head(start * cast.critic_weight if known and start is not None else None, hidden)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[Any]:
@@ -237,7 +249,7 @@ class Roles(nn.Module):
 
     def is_critics(self, name: str) -> bool:
         """Whether a trained parameter is the critic's alone."""
-        return f".{VALUE}." in name or name.startswith("value_")
+        return f".additions.{VALUE}." in name or name.startswith("value_")
 
     def save_policy(self, folder: Path) -> None:
         """Write the policy as a plain PEFT adapter folder, or, fully trained, as a complete model."""
@@ -297,17 +309,19 @@ class Roles(nn.Module):
 def check_head(roles: Roles, ids: list[int]) -> None:
     """The head that PPO applies by itself must give what the model's own forward pass gives.
 
-    Some architectures scale or cap their logits after the head. Raises NotImplementedError.
+    Some architectures scale or cap their logits after the head. Raises UserError.
     """
     with torch.no_grad(), roles.acting_as(POLICY) as model:
         given = torch.tensor([ids], device=roles.value_head.weight.device)
         plain = model(input_ids=given, use_cache=False).logits[0, -1].float()
         decoder = getattr(model, model.base_model_prefix)
         ours = model.get_output_embeddings()(decoder(input_ids=given, use_cache=False).last_hidden_state[0, -1]).float()
-    if not torch.allclose(plain, ours, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
-        raise NotImplementedError(
-            f"{type(model).__name__} changes its logits after the output head, which PPO does not follow: its "
-            "log-probabilities would be those of another model"
+        config = model.config.get_text_config()
+    changed = [name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if changed or not torch.allclose(plain, ours, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
+        raise UserError(
+            f"{type(model).__name__} changes its logits after the output head ({', '.join(changed) or 'seen'}), "
+            "which PPO does not follow: its log-probabilities would be those of another model. Choose another base"
         )
 
 
@@ -316,14 +330,6 @@ def _head(weight: torch.Tensor | None, hidden: int) -> nn.Linear:
     head = nn.Linear(hidden, 1, bias=False)
     head.weight.data = torch.zeros(1, hidden) if weight is None else weight.float().clone()
     return head
-
-
-def _lora_of(config: dict[str, Any]) -> Lora:
-    """Settings for a new adapter like the one with this configuration."""
-    targets = config["target_modules"]
-    return Lora(
-        r=config["r"], alpha=int(config["lora_alpha"]), targets=targets if targets == "all-linear" else sorted(targets)
-    )
 
 
 def _save_as(model: Any, base: Path, folder: Path) -> None:

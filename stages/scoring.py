@@ -134,21 +134,25 @@ class Scorer:
             )
             for episode, row in zip(episodes, rows, strict=True)
         ]
-        return {label: checked(self.sources[label], samples) for label in foreign}
+        return self.spread.together(lambda: {label: checked(self.sources[label], samples) for label in foreign})
+
+    def check_finite(self, batch: MicroBatch, rewards: dict[str, torch.Tensor]) -> None:
+        """Raises FloatingPointError with the row of the first reward that is no finite number."""
+        for label, scores in rewards.items():
+            if not torch.isfinite(scores).all():
+                at = int((~torch.isfinite(scores)).nonzero()[0])
+                text = self.tokenizer.decode(batch.input_ids[at, : int(batch.last[at]) + 1].tolist())
+                raise FloatingPointError(f"the reward {label} of {text!r} is {float(scores[at])}")
 
     @torch.no_grad()
     def rewards_of(
         self, batch: MicroBatch, judged: dict[str, list[float]], labels: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """label -> (B,) of one micro-batch; raises FloatingPointError with the row where a model's is not finite."""
+        """label -> (B,) of one micro-batch."""
         found = {}
         for label in labels:
             if label in self.aboard:
                 scores = self.roles.scores(label, batch)
-                if not torch.isfinite(scores).all():
-                    at = int((~torch.isfinite(scores)).nonzero()[0])
-                    text = self.tokenizer.decode(batch.input_ids[at, : int(batch.last[at]) + 1].tolist())
-                    raise FloatingPointError(f"the reward {label} of {text!r} is {float(scores[at])}")
                 found[label] = scores if batch.members else scores.new_zeros(len(scores))
             else:
                 rows = [judged[label][at] for at in batch.members] or [0.0] * len(batch.last)
@@ -180,6 +184,12 @@ class Scorer:
             if self.recipe.rollout.importance_cap is not None:
                 scored.weights = importance_weights(old.logprobs, engine, self.recipe.rollout.importance_cap)
             found.append(scored)
+
+        def check() -> None:
+            for scored in found:
+                self.check_finite(scored.batch, scored.rewards)
+
+        self.spread.together(check)  # after the forward passes, which all ranks make together
         return found
 
     def check_agreement(self, batches: Sequence[Scored], gap_nats: float) -> None:
@@ -207,6 +217,7 @@ def engine_logprobs(episodes: Sequence[Episode], batch: MicroBatch, trainer: tor
     found = trainer.clone()
     for at, member in enumerate(batch.members):
         given = episodes[member].reply.logprobs
+        assert len(given) in (0, len(episodes[member].reply.ids))
         if given:
             found[at, : len(given)] = torch.tensor(given, dtype=found.dtype, device=found.device)
     return found

@@ -71,6 +71,18 @@ class State:
         }
 
 
+def check_length(cast: Cast, recipe: PPORecipe) -> None:
+    """An episode must fit into the positions that the model knows. Raises UserError."""
+    from transformers import AutoConfig
+
+    known = getattr(AutoConfig.from_pretrained(cast.base).get_text_config(), "max_position_embeddings", None)
+    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+    if known is not None and longest > known:
+        raise UserError(
+            f"rollout: max_prompt_tokens + max_new_tokens = {longest}, but the model has {known} positions; lower them"
+        )
+
+
 def _kept(parameter: torch.Tensor) -> torch.Tensor:
     """A copy in the main memory, whatever the device; a sharded parameter's copy stays with its shard."""
     whole_here = not hasattr(parameter, "full_tensor")
@@ -87,14 +99,16 @@ def check_trackers(wanted: Sequence[str]) -> None:
 
 
 def cast_of(run: Run[PPORecipe]) -> Cast:
-    """Who plays which role; the critic starts from the first reward model that shares the policy's base."""
+    """Who plays which role; the critic starts from the first reward on the policy's base with a weight above 0."""
     recipe, sft = run.recipe, run.inputs.versions["sft"]
     rewards = {
         label: run.registry.materialise(version)
         for label, version in reward_versions(run).items()
         if shares_base(sft, version)
     }
-    trained = [folder for label, folder in rewards.items() if label in {source.label for source in recipe.rewards}]
+    # a reward that counts against a reply would start the critic with the wrong sign
+    begin = [source for source in recipe.rewards if source.label in rewards and source.weight > 0][:1]
+    begin = begin if recipe.ppo.critic != "shared" else []
     is_adapter = sft.kind == "adapter"
     return Cast(
         base=base_folder(run.registry, sft),
@@ -103,7 +117,8 @@ def cast_of(run: Run[PPORecipe]) -> Cast:
         lora=recipe.lora,
         policy=recipe.policy,
         critic=recipe.ppo.critic,
-        critic_start=trained[0] if trained and recipe.ppo.critic != "shared" else None,
+        critic_start=rewards[begin[0].label] if begin else None,
+        critic_weight=begin[0].weight if begin else 1.0,
     )
 
 
@@ -143,6 +158,7 @@ class Session:
         if recipe.trackers:
             accelerator.init_trackers("baton", config={"recipe": str(recipe.path), "build_key": run.build_key})
         spread = open_spread(accelerator, recipe)
+        check_length(cast, recipe)
         roles = Roles(cast, run.dtype, recipe.rollout.temperature, recipe.train.seed).to(accelerator.device)
         check_head(roles, prompts.train[0].ids)
         if not spread.sharded:
@@ -152,7 +168,7 @@ class Session:
         engine = open_engine(
             recipe.rollout,
             model_of=lambda: roles.sampling(POLICY),
-            save_policy=roles.save_policy,
+            save_policy=lambda folder: roles.save_policy(folder) if run.is_main else None,
             seed=recipe.train.seed,
             stop_ids=stop_ids(tokenizer),
             pad_id=scorer.pad_id,
@@ -167,7 +183,7 @@ class Session:
         state = State(coefficient, Best(settings.kl_budget_nats))
         session = cls(run, tokenizer, prompts, roles, spread, scorer, engine, updater, held_out, state)
         session.resume()
-        engine.push()
+        spread.together(engine.push)
         return session
 
     def introduction(self) -> str:
@@ -262,6 +278,7 @@ class Session:
         step = state.step - went_back
         if self.prompts.eval:
             metrics, rows = self.held_out.measure()
+            self.write_samples(rows, step)
             is_best = state.best.offer(step, metrics)
             if not is_best and state.best.step is not None:
                 run.say(f"step {state.best.step} had the highest held-out reward within the budget: it is published")
@@ -293,14 +310,16 @@ class Session:
 
     def close(self) -> None:
         """Leave engine and trackers in good order."""
-        self.engine.close()
+        try:
+            self.engine.close()
+        except Exception as error:  # what has been trained must not be lost because a server has gone
+            self.run.say(f"warning: the rollout engine was not closed: {error}")
         if self.run.recipe.trackers:
             self.spread.accelerator.end_training()
 
     def publish(self, metrics: dict[str, float]) -> Version:
-        """Policy and critic into the registry; engine and trackers are closed. A collective."""
+        """Policy and critic into the registry. A collective."""
         self._track(metrics)
-        self.close()
         with self.spread.gathered():
             return publish(self.run, self.roles, self.tokenizer, metrics, self.prompts.train[0].ids)
 

@@ -5,9 +5,9 @@ Gradients are SUMS over the ranks: a loss that each rank divides by the global t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import nn
 from baton.errors import UserError
 from baton.recipe import PPORecipe
 from stages.roles import Roles
+
+Found = TypeVar("Found")
 
 
 def open_spread(accelerator: Any, recipe: PPORecipe) -> Spread:
@@ -113,6 +115,29 @@ class Spread:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
+
+    def together(self, work: Callable[[], Found]) -> Found:
+        """`work()`; where it fails on one rank it fails on all, with that rank's message, and nobody waits for it.
+
+        A collective. `work` itself must not need the other ranks after the point where it may fail.
+        """
+        if self.world == 1:
+            return work()
+        found: Any = None
+        mine: Exception | None = None
+        try:
+            found = work()
+        except Exception as error:
+            mine = error
+        said = [
+            text for text in self.collect(None if mine is None else (isinstance(mine, UserError), str(mine))) if text
+        ]
+        if mine is not None:
+            raise mine
+        if said:
+            is_users, message = said[0]
+            raise (UserError if is_users else RuntimeError)(f"on another process: {message}")
+        return found  # type: ignore[no-any-return]
 
     def collect(self, item: Any) -> list[Any]:
         """What every rank has, in the order of the ranks; plain Python data only. A collective."""

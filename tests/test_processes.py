@@ -12,6 +12,8 @@ import pytest
 from baton.errors import UserError
 from tests.conftest import program_environment, run_stage
 
+BOUNDS = {"ppo": {"rel": 1e-4, "abs": 3e-6}}
+"""Of float32, where not 1e-3."""
 STAGES = ("pretrain", "sft", "reward", "ppo")
 NORMS = {"grad_norm/policy", "grad_norm/value"}
 COMPARED = {
@@ -44,7 +46,7 @@ def test_two_processes_train_as_one(tiny_chain: Any, tmp_path: Path, stage: str)
     seen = set()
     for ours, theirs in zip(two, one, strict=True):
         for key in COMPARED[stage] & theirs.keys():
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), (key, theirs["step"])
+            assert ours[key] == pytest.approx(theirs[key], **BOUNDS.get(stage, {"abs": 1e-3})), (key, theirs["step"])
             seen.add(key)
     assert seen == COMPARED[stage]
     version = chain.registry.resolve(chain.versions[stage].ref)

@@ -19,6 +19,8 @@ RECIPE: dict[str, Any] = {
     "train": {"steps": 1, "learning_rate": 0.1, "episodes_per_batch": 2},
 }
 
+EVAL = {"train": [{"path": "x"}], "eval": [{"path": "y"}]}
+
 
 @pytest.mark.parametrize(
     ("section", "content", "said"),
@@ -35,6 +37,10 @@ RECIPE: dict[str, Any] = {
         (Algorithm, {"kl_target_nats": 2.0, "kl_coefficient": 0.0}, "must not be zero"),
         (Algorithm, {"clip_ratio_high": 0.1}, "must not be below clip_ratio"),
         (Algorithm, {"dual_clip": 1.0}, "greater than 1"),
+        (Algorithm, {"kl_in": "loss", "kl_estimator": "k3", "kl_coefficient": 0.0}, "no KL anywhere"),
+        (Algorithm, {"overlong_penalty": 2.0}, "overlong_penalty needs overlong_tokens"),
+        (Algorithm, {"kl_horizon_episodes": 100}, "is for an adaptive coefficient"),
+        (RewardSource, {"model": "a/b:1", "weight": float("nan")}, "finite number"),
     ],
 )
 def test_what_does_not_go_together_is_refused(section: Any, content: dict[str, Any], said: str) -> None:
@@ -57,6 +63,10 @@ def test_what_does_not_go_together_is_refused(section: Any, content: dict[str, A
         ({"policy": "full", "ppo": {"critic": "shared"}, "publish_value": {"name": "t/v"}}, "no weights of its own"),
         ({"train": {**RECIPE["train"], "eval_every": 2}}, "needs data.eval"),
         ({"gold": {"model": "a/g:1"}}, "needs data.eval"),
+        ({"gold": {"model": "a/g:1", "weight": 2.0}, "data": EVAL}, "name and weight would be ignored"),
+        ({"train": {**RECIPE["train"], "eval_every": 2}, "data": EVAL}, "eval_every exceeds train.steps"),
+        ({"ppo": {"critic_warmup_steps": 1}}, "would never be trained"),
+        ({"ppo": {"overlong_tokens": 5}}, "every reply would be overlong"),
     ],
 )
 def test_keys_that_would_be_ignored_are_refused(change: dict[str, Any], said: str) -> None:

@@ -1,5 +1,8 @@
 """Short causal attention against torch's own."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -49,9 +52,30 @@ def test_a_whole_model_gives_the_same_by_every_attention(tiny_llama: torch.nn.Mo
     torch.testing.assert_close(found["short"], found["sdpa"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("length", "chosen"), [(512, attention.NAME), (513, "sdpa")])
-def test_long_rows_take_the_fused_kernel(tiny_llama: torch.nn.Module, length: int, chosen: str) -> None:
-    before = tiny_llama.config._attn_implementation
-    attention.choose_attention(tiny_llama, length)
-    assert tiny_llama.config._attn_implementation == chosen
-    tiny_llama.config._attn_implementation = before
+@pytest.mark.parametrize(
+    ("length", "change", "is_short"),
+    [
+        (512, {}, True),
+        (513, {}, False),
+        (40, {"sliding_window": 8}, False),
+        (40, {"sliding_window": 40}, True),
+        (40, {"model_type": "gpt_oss"}, False),
+    ],
+)
+def test_what_it_does_not_know_keeps_its_own_attention(length: int, change: dict[str, Any], is_short: bool) -> None:
+    config = SimpleNamespace(**({"model_type": "mistral", "_attn_implementation": "own"} | change))
+    attention.choose_attention(SimpleNamespace(config=config), length)
+    assert config._attn_implementation == (attention.NAME if is_short else "own")
+
+
+def test_autocast_is_left_before_the_backward_pass_needs_one_format() -> None:
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(2, 3, 7, 8, generator=generator, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = attention.short_causal_attention(*given, 0.3)
+    assert ours.dtype is torch.bfloat16
+    gradients = torch.autograd.grad(ours.float().sum(), given)
+    plain = scaled_dot_product_attention(*given, is_causal=True, scale=0.3)
+    for mine, exact in zip(gradients, torch.autograd.grad(plain.sum(), given), strict=True):
+        assert mine.dtype is torch.float32
+        torch.testing.assert_close(mine, exact, rtol=0, atol=0.05)

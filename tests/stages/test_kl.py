@@ -43,14 +43,16 @@ def test_k1_and_k3_are_right_on_average_and_k2s_gradient_is_the_kls() -> None:
 
 def test_the_coefficient_follows_the_target() -> None:
     coefficient = KLCoefficient(0.1, target_nats=4.0, horizon_episodes=100)
-    coefficient.adapt(4.4, 50)  # 10% above: x (1 + 0.1 x 50 / 100)
-    assert coefficient.value == pytest.approx(0.1 * 1.05)
-    coefficient.adapt(40.0, 50)  # far above: no more than 20%
-    assert coefficient.value == pytest.approx(0.1 * 1.05 * 1.1)
+    coefficient.adapt(4.4, 50)  # 10% above: x e^(0.1 x 50 / 100)
+    assert coefficient.value == pytest.approx(0.1 * math.exp(0.05))
+    coefficient.adapt(40.0, 50)  # far above: as if 20%
+    assert coefficient.value == pytest.approx(0.1 * math.exp(0.15))
     coefficient.adapt(4.0, 50)
-    assert coefficient.value == pytest.approx(0.1 * 1.05 * 1.1)
+    assert coefficient.value == pytest.approx(0.1 * math.exp(0.15))
     coefficient.adapt(0.0, 100)  # far below
-    assert coefficient.value == pytest.approx(0.1 * 1.05 * 1.1 * 0.8)
+    assert coefficient.value == pytest.approx(0.1 * math.exp(-0.05))
+    coefficient.adapt(0.0, 10_000)  # a batch far longer than the horizon
+    assert 0 < coefficient.value < 1e-9
 
 
 def test_without_a_target_the_coefficient_is_fixed() -> None:

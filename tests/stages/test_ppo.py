@@ -338,7 +338,7 @@ def test_the_chain_moved_the_policy_from_sft(tiny_chain: Any) -> None:
     ("override", "message"),
     [
         ("train.episodes_per_batch=7", "cannot be split evenly into ppo.minibatches = 2"),
-        ("rollout.max_prompt_tokens=3", "rollout.max_prompt_tokens = 3; raise it"),
+        ("rollout.max_prompt_tokens=3", "rollout.max_prompt_tokens = 3, which could be raised"),
         ("lora={r: 4}", "is an adapter, which PPO goes on training"),
         ("reward=tiny/sft:candidate", "PPO needs a reward model"),
         ("reward=[{function: 'no.such:thing'}]", "there is no module no.such"),

@@ -84,5 +84,5 @@ def test_nothing_left_is_refused(read: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.ptx: no row is left"):
         read(f"data.ptx=[{{path: {tmp_path}/chat.jsonl}}]", "ppo.ptx_coefficient=0.1")
     write(tmp_path / "rows.jsonl", ROWS[2:3])
-    with pytest.raises(UserError, match=r"data.train: none of 1 prompts is left.*max_prompt_tokens = 80; raise it"):
+    with pytest.raises(UserError, match=r"data.train: none of 1 prompts is left.*max_prompt_tokens = 80, which"):
         read(f"data.train=[{{path: {tmp_path}/rows.jsonl, format: prompts}}]")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton.errors import UserError
 from baton.recipe import Lora
 from stages.micro_batch import MicroBatch, make_micro_batch
 from stages.roles import POLICY, REFERENCE, VALUE, Cast, Roles, check_head
@@ -395,7 +396,7 @@ def test_a_head_that_changes_its_logits_is_refused(roles: Roles, monkeypatch: py
             return found
 
         patch.setattr(type(roles.shared), "forward", capped)
-        with pytest.raises(NotImplementedError, match="changes its logits after the output head"):
+        with pytest.raises(UserError, match="changes its logits after the output head"):
             check_head(roles, [3, 4, 5])
     assert head is roles.shared.get_output_embeddings()
 
