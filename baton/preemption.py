@@ -21,8 +21,10 @@ GRACE_S = 3600
 class Preempted(Exception):
     """Raised by a loop on every rank once checkpoint `step` is whole; `baton.run.program` ends the program on it."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"preempted and saved at step {step}; the same command goes on from there")
+    def __init__(self, step: int, *, saved: bool = True) -> None:
+        went = f"preempted and saved at step {step}; the same command goes on from there"
+        lost = f"preempted at step {step}; nothing could be saved, and the same command begins again"
+        super().__init__(went if saved else lost)
         self.step = step
 
 

@@ -21,9 +21,11 @@ MOST_ROWS = 32
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b, as functional.linear: x (…, in), weight (out, in), bias (out,) -> (…, out), contiguous."""
     rows = x.numel() // x.shape[-1]
+    # flat: for rows that lie apart (the last token of each prompt) torch would copy the weight once a row
+    flat = x.reshape(rows, x.shape[-1])
     if torch.is_grad_enabled() or rows > MOST_ROWS or x.dtype is not torch.bfloat16 or x.device.type != "cpu":
-        return functional.linear(x, weight, bias)
-    product = (weight @ x.reshape(rows, -1).T).T.contiguous()
+        return functional.linear(flat, weight, bias).view(*x.shape[:-1], len(weight))
+    product = (weight @ flat.T).T.contiguous()
     if bias is not None:
         product += bias
     return product.view(*x.shape[:-1], len(weight))
@@ -31,14 +33,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 @contextmanager
 def thin_products(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's plain linear layers on a CPU in bfloat16 multiply by `linear`."""
+    """Inside, the model's plain linear layers on a CPU multiply by `linear`."""
     changed = [
         module
         for module in model.modules()
         # not a subclass: what it adds would be lost
         if type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
-        and module.weight.dtype is torch.bfloat16
         and module.weight.device.type == "cpu"
         and "forward" not in vars(module)
     ]

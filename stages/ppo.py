@@ -47,10 +47,11 @@ def main(recipe: PPORecipe) -> Version:
             chosen, episodes = collect(session.engine, session.prompts.train, recipe, session.spread, state.step)
             clock.append(time.perf_counter())
             share = len(episodes) // settings.minibatches
-            minibatches = [
-                session.scorer.score(episodes[at : at + share], chosen[at : at + share])
-                for at in range(0, len(episodes), share)
-            ]
+            with session.spread.computing():
+                minibatches = [
+                    session.scorer.score(episodes[at : at + share], chosen[at : at + share])
+                    for at in range(0, len(episodes), share)
+                ]
             set_scores(minibatches, recipe, session.spread, state.raw_scale, state.scale)
             figures = summarise(minibatches, session.scorer, session.spread)
             session.scorer.check_agreement([s for batch in minibatches for s in batch], figures["engine_gap_nats"])
@@ -80,7 +81,7 @@ def main(recipe: PPORecipe) -> Version:
             if leaving or state.step % train.save_every == 0 or state.step == train.steps:
                 session.save()
             if leaving:
-                raise Preempted(state.step)
+                raise Preempted(state.step, saved=session.spread.can_save)
 
         metrics = session.conclude(went_back=over_budget and bool(state.previous))
         metrics["seconds"] = round(time.monotonic() - started, 1)

@@ -338,19 +338,19 @@ def _save_as(model: Any, base: Path, folder: Path) -> None:
 
     dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
     folder.mkdir(parents=True, exist_ok=True)
-    # not state_dict(): it would shard again what was gathered for saving
+    # not state_dict(): it would shard again what was gathered for saving, and free what `held` holds
+    passing = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
     held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    kept = set(model.state_dict(keep_vars=True)) if not _is_sharded(model) else set(dict(model.named_parameters()))
-    state = {key: item.detach().to(dtype).clone() for key, item in held.items() if key in kept}
+    state = {key: item.detach().to(dtype).clone() for key, item in held.items() if key not in passing}
     before, model.config.dtype = model.config.dtype, dtype
     try:
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.config.dtype = before
-
-
-def _is_sharded(model: Any) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters()) or hasattr(model, "unshard")
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -278,6 +278,7 @@ class Session:
         step = state.step - went_back
         if self.prompts.eval:
             metrics, rows = self.held_out.measure()
+            self._sound(metrics)
             self.write_samples(rows, step)
             is_best = state.best.offer(step, metrics)
             if not is_best and state.best.step is not None:

@@ -295,8 +295,9 @@ class Zero(Spread):
     def text(self) -> str:
         """A line for a person."""
         whole = "; weights are in parts only at rest, whole while the model computes" if self.sharded else ""
+        count = "1 process" if self.world == 1 else f"{self.world} processes"
         return (
-            f"DeepSpeed ZeRO-{self.stage} on {self.world} processes{whole}\n"
+            f"DeepSpeed ZeRO-{self.stage} on {count}{whole}\n"
             "no checkpoints under DeepSpeed: a run that is interrupted begins again (FSDP2 saves and continues)"
         )
 
