@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -130,7 +131,8 @@ def inverse_cdf(logits: torch.Tensor, uniform: torch.Tensor) -> Choice:
     weights = logits.new_empty(count, blocks * BLOCK)
     weights[:, size:] = 0
     highest = logits.amax(-1, keepdim=True)
-    torch.sub(logits, highest, out=weights[:, :size]).clamp_(min=LEAST_EXPONENT).exp_()
+    shifted = torch.sub(logits, highest, out=weights[:, :size]).clamp_(min=LEAST_EXPONENT).exp_()
+    torch.threshold_(shifted, 2 * math.exp(LEAST_EXPONENT), 0.0)  # what cannot be drawn weighs nothing
     weights = weights.view(count, blocks, BLOCK)
     below = weights.sum(-1).cumsum(-1, dtype=torch.float64)
     total = below[:, -1]

@@ -15,7 +15,7 @@ import pytest
 from baton import run as runs
 from baton.launch import PROGRAMS
 from baton.recipe import RECIPES
-from tests.conftest import program_environment, run_stage, swap_two_tokens
+from tests.conftest import program_environment, run_stage
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 DATA = {"pretrain": "text_train", "sft": "dialogues", "reward": "preferences", "ppo": "prompts"}
@@ -234,13 +234,17 @@ def test_no_row_left_after_truncation(programs: Programs, stage: str, overrides:
         ("sft", "base=tiny/sft:1", "tiny/sft:1 is an adapter version; sft trains an adapter on a base"),
         ("sft", "base=tiny/reward:1", "tiny/reward:1 is a reward version"),
         ("reward", "sft=tiny/base:1", "tiny/base:1 is a base version; the reward model goes on from SFT's adapter"),
-        ("ppo", "sft=tiny/base:main", "tiny/base:1 is a base version; PPO's policy starts from SFT's adapter"),
         ("ppo", "reward=tiny/value:1", "tiny/value:1 is a value version; PPO needs a reward model"),
     ],
 )
 def test_a_base_of_the_wrong_kind(programs: Programs, stage: str, override: str, message: str) -> None:
     said = programs.refusal(stage, override)
     assert said.startswith(message) and "Make one: accelerate launch -m " in said
+
+
+def test_a_base_that_has_not_learned_to_answer(programs: Programs) -> None:
+    said = programs.refusal("ppo", "sft=tiny/base:main")
+    assert said.startswith("tiny/base:1 has no chat template") and said.endswith("-m stages.sft RECIPE")
 
 
 def test_a_base_that_is_no_model(programs: Programs) -> None:
@@ -264,13 +268,6 @@ def test_an_unknown_reference_or_alias_lists_near_ones(
     unknown = programs.refusal(stage, f"{role}=tiny/{name}:{alias[:-1]}")
     assert f"tiny/{name} has no alias '{alias[:-1]}'; aliases: tiny/{name}:{alias}; versions: 1" in unknown
     assert f"tiny/{name} has no version 7; versions: 1" in programs.refusal(stage, f"{role}=tiny/{name}:7")
-
-
-def test_tokenizers_that_differ_between_reward_model_and_policy(programs: Programs) -> None:
-    ref = programs.chain.republished(swap_two_tokens)
-    message = programs.refusal("ppo", f"sft={ref}")
-    assert message.startswith(f"tiny/reward:1 has another tokenizer than {ref}")
-    assert message.endswith("accelerate launch -m reward.train RECIPE")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -78,7 +78,7 @@ def test_a_killed_program_goes_on_and_publishes(tiny_chain: Any, tmp_path: Path,
     assert chain.registry.verify(chain.registry.resolve(f"{name}:1"), deep=True) == []
     steps = int(LENGTHS[stage][0].partition("=")[2])
     # each step once, and the last line with what was measured at the end
-    assert [row["step"] for row in chain.metrics(stage)] == [*range(1, steps + 1), steps]
+    assert [row["step"] for row in chain.metrics(stage) if "alarm" not in row] == [*range(1, steps + 1), steps]
 
     again = run_stage(stage, chain.recipe(stage, *LENGTHS[stage]))
     assert again.ref == f"{name}:1" and chain.registry.numbers(name) == [1]

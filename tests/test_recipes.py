@@ -180,7 +180,7 @@ def test_benchmarks_of_the_readme_have_the_options_that_it_gives_them() -> None:
 def test_the_example_for_fsdp2_is_a_configuration(tmp_path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
-    (text,) = [text for language, text in BLOCKS if language == "yaml" and "distributed_type" in text]
+    (text,) = [text for language, text in BLOCKS if language == "yaml" and "distributed_type: FSDP" in text]
     (tmp_path / "fsdp2.yaml").write_text(text)
     config = load_config_from_file(str(tmp_path / "fsdp2.yaml"))
     assert config.fsdp_config["fsdp_version"] == 2 and config_value(tmp_path / "fsdp2.yaml", "num_processes") == "8"

@@ -2,12 +2,22 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from baton.preemption import SIGNALS, Preempted, Preemption
+
+
+@pytest.fixture(autouse=True)
+def ordinary_ctrl_c() -> Iterator[None]:
+    """A shell that starts a job in the background has it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 ALONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from baton.chat import encode_scored
 from baton.errors import UserError
+from baton.models import load_scorer
 from baton.recipe import PPORecipe
 from stages import ppo
 
@@ -364,3 +366,26 @@ def test_every_setting_is_read_by_something() -> None:
     sections = (Algorithm, RewardSource, Rollout, EpisodeTrain, PromptData, PPORecipe)
     keys = {key for section in sections for key in section.model_fields} - {"stage", "model", "name"}
     assert not [key for key in sorted(keys) if f".{key}" not in code and f'"{key}"' not in code]
+
+
+def test_a_reward_model_with_another_tokenizer_is_loaded_by_itself(
+    tiny_chain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads the replies as text: the policy's vocabulary has two tokens exchanged, and the scores stay the same."""
+    from reward.scoring import score
+    from tests.conftest import swap_two_tokens
+
+    chain = tiny_chain.unpublished("ppo", tmp_path)
+    ref = chain.republished(swap_two_tokens)
+    version = ppo.main(chain.recipe("ppo", f"sft={ref}", "train.steps=1", "data.questions=[]"))
+    assert "tiny/reward:1 has a base or tokenizer of its own" in capsys.readouterr().out
+    assert set(version.manifest["parents"]) == {"sft", "reward"}
+    samples = [json.loads(line) for line in (chain.run_dir("ppo") / "samples.jsonl").read_text().splitlines()]
+    model, tokenizer = load_scorer(chain.registry, chain.versions["reward"], "float32")
+    prompts = [json.loads(line) for line in (tmp_path / "world" / "prompts_eval.jsonl").read_text().splitlines()]
+    for sample in samples:
+        (asked,) = [row["prompt"] for row in prompts if row["prompt"] in sample["prompt"]]
+        dialogue = [{"role": "user", "content": asked}, {"role": "assistant", "content": sample["after"]}]
+        ids = encode_scored(tokenizer, dialogue)
+        expected = float(score(model, [ids], int(tokenizer.pad_token_id))[0])
+        assert sample["reward"] == pytest.approx(expected, abs=1e-4)
