@@ -85,7 +85,7 @@ def main(recipe: PPORecipe) -> Version:
 
         metrics = session.conclude(went_back=over_budget and bool(state.previous))
         metrics["seconds"] = round(time.monotonic() - started, 1)
-        run.log(state.step, metrics)
+        run.log(int(metrics.get("published_step", state.step)), metrics)
         return run.finish(session.publish(metrics))
 
 

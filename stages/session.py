@@ -281,6 +281,8 @@ class Session:
             self._sound(metrics)
             self.write_samples(rows, step)
             is_best = state.best.offer(step, metrics)
+            if not is_best:
+                run.log(step, metrics)  # other weights are published, whose row comes last
             if not is_best and state.best.step is not None:
                 run.say(f"step {state.best.step} had the highest held-out reward within the budget: it is published")
                 self.restore(state.best_weights)
