@@ -189,7 +189,7 @@ class Spread:
 
     def step(self) -> float:
         """Where it `steps_itself`: clip and apply the gradients; their norm before clipping. A collective."""
-        raise NotImplementedError
+        raise AssertionError("gradients are applied by the caller unless it steps_itself")
 
     def sum_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """After the last backward: gradients of plain parameters become sums over the ranks, in one message.
