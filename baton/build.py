@@ -231,10 +231,8 @@ def up_to_date(recipe: Recipe) -> str | None:
 
         return recipe.out if is_written(recipe) else None
     assert isinstance(recipe, TrainedRecipe)
-    if not Path(recipe.registry, "registry.json").is_file():
-        return None
-    registry = Registry.open(recipe.registry)
     try:
+        registry = Registry(recipe.registry)
         version = published(recipe, registry, build_key(recipe, resolve_inputs(recipe, registry)))
     except UserError:
         return None  # the stage itself reports what is missing, once the stages before it have run

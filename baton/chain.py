@@ -211,7 +211,7 @@ def _check_references(links: list[Link]) -> None:
             if reference is None or reference in coming or (key == "base" and not _in_registry(reference, recipe)):
                 continue
             try:
-                Registry.open(recipe.registry).resolve(reference)
+                Registry(recipe.registry).resolve(reference)
             except UserError as error:
                 raise UserError(f"{link.path}: {key}: {error}") from None
         coming |= {f"{publish.name}:{publish.alias}" for publish in made}

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from baton.errors import UserError
-from baton.registry import commands as registry_commands
+from baton.registry.commands import register
+from baton.registry.commands.options import DEFAULT_REGISTRY, JsonOption, RefArgument, RegistryOption
 
 app = typer.Typer(
     name="baton",
@@ -19,10 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-REGISTRY = Path(".baton/registry")
-RegistryOption = Annotated[Path, typer.Option("--registry", envvar="BATON_REGISTRY", help="The registry's folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print data instead of text.")]
-RefArgument = Annotated[str, typer.Argument(metavar="REF", help="team/name:7, team/name:alias or team/name@sha256:…")]
 LengthOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many tokens.")]
 TemperatureOption = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; above 0 samples.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Decides what is sampled.")]
@@ -60,7 +57,7 @@ def chat(
     max_new_tokens: LengthOption = 256,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
-    registry: RegistryOption = REGISTRY,
+    registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to a version; /reset forgets the conversation, /quit or Ctrl-D leaves."""
@@ -80,7 +77,7 @@ def generate(
         bool, typer.Option("--show-candidates", help="Show the likeliest next tokens with their probabilities.")
     ] = False,
     candidates: Annotated[int | None, typer.Option(min=1, help="How many; implies --show-candidates.")] = None,
-    registry: RegistryOption = REGISTRY,
+    registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text, token by token."""
@@ -97,7 +94,7 @@ def score(
     prompt: Annotated[
         str | None, typer.Option(metavar="PROMPT", help="What TEXT replies to; for a reward model.")
     ] = None,
-    registry: RegistryOption = REGISTRY,
+    registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
     """Say how natural a text is: bits per byte and each token's surprisal; or a reply's reward."""
@@ -106,7 +103,7 @@ def score(
     talk.score(registry, ref, text, prompt, as_json)
 
 
-registry_commands.register(app)
+register(app)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeGuard
 
 from rich import box
@@ -132,7 +131,7 @@ def _published(recipe: Recipe) -> tuple[str, Metrics] | None:
     if not isinstance(recipe, TrainedRecipe):
         return None
     try:
-        version = Registry.open(Path(recipe.registry)).resolve(f"{recipe.publish.name}:{recipe.publish.alias}")
+        version = Registry(recipe.registry).resolve(f"{recipe.publish.name}:{recipe.publish.alias}")
     except UserError:
         return None
     return version.ref, version.manifest["metrics"]

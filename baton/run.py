@@ -21,7 +21,7 @@ from baton.preemption import EXIT_CODE, Preempted, ignore_signals
 from baton.recipe import TrainedRecipe, load_recipe
 from baton.registry import Registry, Version
 from baton.registry.reference import check_alias, check_name
-from baton.registry.store import full_disk_is_user_error
+from baton.registry.stores.files import full_disk_is_user_error
 
 if TYPE_CHECKING:
     import torch
@@ -376,7 +376,7 @@ def _open_inputs(recipe: TrainedRecipe) -> tuple[Registry, Inputs]:
                 check_alias(target.alias)
             except UserError as error:
                 raise UserError(f"{recipe.path}: {key}: {error}") from None
-    registry = Registry.open(recipe.registry, create=True)
+    registry = Registry(recipe.registry, create=True)
     return registry, resolve_inputs(recipe, registry)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -35,12 +34,12 @@ class Sampling:
 
 
 def chat(
-    registry_path: Path, ref: str, sampling: Sampling, system: str | None, once: str | None, as_json: bool
+    location: str, ref: str, sampling: Sampling, system: str | None, once: str | None, as_json: bool
 ) -> None:
     """Talk to a version: one reply to `once`, or a conversation until the end of input. Replies are streamed."""
     if as_json and once is None:
         raise UserError("--json prints one reply as data; give its prompt by --once TEXT")
-    registry, version = _resolve(registry_path, ref)
+    registry, version = _resolve(location, ref)
     if version.manifest["chat_template_digest"] is None:
         raise UserError(
             f"{version.ref} has no chat template: it continues text and has not learned to answer. Continue a text by "
@@ -109,9 +108,9 @@ class Conversation:
         return reply
 
 
-def continue_text(registry_path: Path, ref: str, text: str, sampling: Sampling, candidates: int, as_json: bool) -> None:
+def continue_text(location: str, ref: str, text: str, sampling: Sampling, candidates: int, as_json: bool) -> None:
     """Print the continuation of `text`, or, with `candidates` > 0, a table of what was likely at each token."""
-    registry, version = _resolve(registry_path, ref)
+    registry, version = _resolve(location, ref)
     model, tokenizer = _load(registry, version, scorer=False)
     from baton.chat import stop_ids
     from baton.generate import TextStream, document_start, generate
@@ -144,9 +143,9 @@ def continue_text(registry_path: Path, ref: str, text: str, sampling: Sampling, 
         print()
 
 
-def score(registry_path: Path, ref: str, text: str, prompt: str | None, as_json: bool) -> None:
+def score(location: str, ref: str, text: str, prompt: str | None, as_json: bool) -> None:
     """Print how natural a text is to a language model, or, for a reward model, the reward of `text` after `prompt`."""
-    registry, version = _resolve(registry_path, ref)
+    registry, version = _resolve(location, ref)
     kind = version.kind
     if kind == "reward" and prompt is None:
         raise UserError(
@@ -233,8 +232,8 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
 
 
-def _resolve(registry_path: Path, ref: str) -> tuple[Registry, Version]:
-    registry = Registry.open(registry_path)
+def _resolve(location: str, ref: str) -> tuple[Registry, Version]:
+    registry = Registry(location)
     return registry, registry.resolve(ref)
 
 

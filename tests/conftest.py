@@ -97,7 +97,7 @@ class TinyChain:
         """The chain's registry."""
         from baton.registry import Registry
 
-        return Registry.open(self.root / "registry")
+        return Registry(self.root / "registry")
 
     def recipe(self, stage: str, *overrides: str) -> Any:
         """The recipe of one stage, read from its file with `overrides`."""

@@ -1,4 +1,4 @@
-"""The model registry: content-addressed, append-only, a plain folder without a server."""
+"""The model registry: content-addressed, append-only, in a folder or an object store, without a server."""
 
 from baton.registry.catalogue import Registry
 from baton.registry.version import Version

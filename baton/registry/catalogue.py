@@ -8,49 +8,39 @@ from typing import Any
 from baton.errors import UserError, nearest
 from baton.registry import manifest as manifests
 from baton.registry import materialise, provenance, records, reference
-from baton.registry.lineage import lineage
-from baton.registry.store import LocalStore, full_disk_is_user_error
-from baton.registry.verify import Verification
+from baton.registry.care.verify import Verification
+from baton.registry.history.lineage import lineage
+from baton.registry.stores import Store, is_url, open_store
+from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.trust import attestations
+from baton.registry.trust.attestations import Attestation
 from baton.registry.version import Version
 
 FORMAT = "baton.registry/1"
 
 
 class Registry:
-    """A registry in a folder. Make one with `Registry.open`."""
+    """A registry in a folder or an object store: `Registry("registry").resolve("team/name:prod").load()`."""
 
-    def __init__(self, store: LocalStore) -> None:
-        """store: of a registry that exists."""
-        self.store = store
-        self._seen: dict[str, str] = {}  # manifest digest -> identity; manifests never change
+    def __init__(self, location: str | Path, create: bool = False) -> None:
+        """location: a folder, or `s3://bucket/prefix`. create: make the registry where there is nothing.
 
-    @classmethod
-    def open(cls, path: str | Path, create: bool = False) -> "Registry":
-        """Open the registry at `path`; with `create`, make it when the folder is absent or empty."""
-        folder = Path(path).expanduser()
-        store = LocalStore(folder)
-        names = store.list("")
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{path} is not a registry but a file; name a folder.")
-        if "registry.json" not in names:
-            if set(names) - {"tmp"}:  # tmp/ alone: another process is just making it
-                raise UserError(
-                    f"{path} is not a registry: it holds files but no registry.json. Name another folder, "
-                    "or an empty one to make a registry there."
-                )
-            if not create:
-                raise UserError(f"there is no registry at {path}. Publishing there makes one; or name another.")
-            with full_disk_is_user_error(f"making the registry {path} failed"):
-                store.root.mkdir(parents=True, exist_ok=True)
-                made = {"format": FORMAT, "id": uuid.uuid4().hex}
-                store.put_if_absent("registry.json", manifests.canonical(made))
-        try:
-            found = json.loads(store.get("registry.json"))["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a registry: its registry.json is damaged. Restore it.") from error
-        if found != FORMAT:
-            raise UserError(f"{path} has registry format {found!r}; this Baton reads {FORMAT!r}. Update Baton.")
-        return cls(store)
+        Raises UserError when there is no registry, or something else.
+        """
+        self.store: Store = _open(location, create)
+        # Records and manifests never change: what was read once, and was whole, need not be read again.
+        self._records: dict[tuple[str, int], dict[str, Any]] = {}
+        self._manifests: dict[str, dict[str, Any]] = {}
+
+    @property
+    def location(self) -> str:
+        """Where it lies, as it was named."""
+        return self.store.location
+
+    @property
+    def id(self) -> str:
+        """32 hex digits that this registry got when it was made."""
+        return str(json.loads(self.store.get("registry.json"))["id"])
 
     def models(self) -> list[str]:
         """The names of all models, sorted."""
@@ -59,75 +49,103 @@ class Registry:
         return [name for name in names if self.numbers(name)]
 
     def numbers(self, name: str) -> list[int]:
-        """The version numbers of a model, ascending, without reading the versions."""
+        """The version numbers of a model, ascending, without those that were deleted and without reading any."""
+        deleted = set(self.deleted_numbers(name))
+        return [number for number in self.all_numbers(name) if number not in deleted]
+
+    def all_numbers(self, name: str) -> list[int]:
+        """The version numbers that were ever given, ascending: a number is never used again."""
         return records.numbers(self.store, records.versions_folder(name))
+
+    def deleted_numbers(self, name: str) -> list[int]:
+        """The numbers of the versions that were deleted, ascending."""
+        return records.numbers(self.store, records.tombstones_folder(name))
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a model, oldest first."""
         self._require_model(name)
-        return [self._version(name, number) for number in self.numbers(name)]
+        found = self.version_records(name)
+        return [Version(name, number, record["digest"], self) for number, record in found.items()]
+
+    def version_records(self, name: str, with_deleted: bool = False) -> dict[int, dict[str, Any]]:
+        """The records of a model's versions by number: `{number, digest, kind, identity, by, time, nonce}`."""
+        numbers = self.all_numbers(name) if with_deleted else self.numbers(name)
+        unread = [number for number in numbers if (name, number) not in self._records]
+        found = records.read_all(self.store, records.versions_folder(name), unread, "digest")
+        self._records |= {(name, number): record for number, record in found.items()}
+        return {number: self._records[name, number] for number in numbers}
 
     def aliases(self, name: str) -> dict[str, int]:
         """Each alias of a model with the version number that it means now."""
-        found = {alias: self.alias_history(name, alias) for alias in records.alias_names(self.store, name)}
-        return {alias: history[-1]["to"] for alias, history in found.items() if history}
+        found = {}
+        for alias in records.alias_names(self.store, name):
+            folder = records.alias_folder(name, alias)
+            if moves := records.numbers(self.store, folder):
+                found[alias] = int(records.read(self.store, folder, moves[-1], "to")["to"])
+        return found
 
     def alias_history(self, name: str, alias: str) -> list[dict[str, Any]]:
-        """Every move of an alias, oldest first: `{to, previous, reason, by, time}`."""
+        """Every move of an alias, oldest first: `{to, previous, reason, by, time, …}`."""
         reference.check_alias(alias)
         folder = records.alias_folder(name, alias)
-        moves = records.numbers(self.store, folder)
-        return [records.read(self.store, folder, number, "to") for number in moves]
+        return list(records.read_all(self.store, folder, records.numbers(self.store, folder), "to").values())
 
     def resolve(self, ref: str) -> Version:
         """The version that a reference means now; raises UserError with near names, aliases or numbers."""
         parsed = reference.parse(ref)
+        if parsed.number is not None:
+            return self._by_number(parsed.name, parsed.number)
         self._require_model(parsed.name)
-        numbers = self.numbers(parsed.name)
         if parsed.digest is not None:
-            for number in numbers:
-                if self._digest(parsed.name, number) == parsed.digest:
-                    return self._version(parsed.name, number)
+            for number, record in self.version_records(parsed.name).items():
+                if record["digest"] == parsed.digest:
+                    return Version(parsed.name, number, parsed.digest, self)
             raise UserError(f"no version of {parsed.name} has the digest {parsed.digest}.")
-        if parsed.alias is not None:
+        assert parsed.alias is not None
+        folder = records.alias_folder(parsed.name, parsed.alias)
+        moves = records.numbers(self.store, folder)
+        if not moves:
             aliases = self.aliases(parsed.name)
-            if parsed.alias not in aliases:
-                known = nearest(parsed.alias, list(aliases)) or sorted(aliases)[:10]
-                listed = ", ".join(f"{parsed.name}:{alias}" for alias in known) or "none"
-                raise UserError(
-                    f"{parsed.name} has no alias {parsed.alias!r}; aliases: {listed}; versions: {_span(numbers)}."
-                )
-            return self._version(parsed.name, aliases[parsed.alias])
-        assert parsed.number is not None
-        if parsed.number not in numbers:
-            raise UserError(f"{parsed.name} has no version {parsed.number}; versions: {_span(numbers)}.")
-        return self._version(parsed.name, parsed.number)
+            known = nearest(parsed.alias, list(aliases)) or sorted(aliases)[:10]
+            listed = ", ".join(f"{parsed.name}:{alias}" for alias in known) or "none"
+            raise UserError(
+                f"{parsed.name} has no alias {parsed.alias!r}; aliases: {listed}; "
+                f"versions: {_span(self.numbers(parsed.name))}."
+            )
+        return self._by_number(parsed.name, records.read(self.store, folder, moves[-1], "to")["to"])
 
     def by_digest(self, digest: str) -> Version:
-        """A version with this manifest digest, the first by name and number."""
-        for name in self.models():
-            for number in self.numbers(name):
-                if self._digest(name, number) == digest:
-                    return self._version(name, number)
-        raise UserError(f"no version in {self.store.root} has the digest {digest}.")
+        """A version with this manifest digest, the first by name and number; a deleted one when there is no other."""
+        for with_deleted in (False, True):
+            for name in self.models():
+                for number, record in self.version_records(name, with_deleted).items():
+                    if record["digest"] == digest:
+                        return Version(name, number, digest, self)
+        raise UserError(f"no version in {self.location} has the digest {digest}.")
 
     def manifest(self, digest: str) -> dict[str, Any]:
         """The manifest with this digest, verified; raises UserError when it is missing or damaged."""
+        if digest not in self._manifests:
+            self._manifests[digest] = self.read_manifest(digest)
+        return self._manifests[digest]
+
+    def read_manifest(self, digest: str) -> dict[str, Any]:
+        """As `manifest`, but from the store even if it was read before."""
         path = manifests.manifest_path(digest)
         try:
             data = self.store.get(path)
         except FileNotFoundError as error:
             raise UserError(
-                f"{self.store.path(path)} is missing. Copy it from a backup or the registry that has it."
+                f"{self.store.describe(path)} is missing. Copy it from a backup or the registry that has it."
             ) from error
-        return manifests.parse(data, digest, str(self.store.path(path)))
+        return manifests.parse(data, digest, self.store.describe(path))
 
     def references(self) -> dict[str, list[str]]:
         """Every manifest digest with the references that have it."""
         found: dict[str, list[str]] = {}
         for name in self.models():
-            for number in self.numbers(name):
-                found.setdefault(self._digest(name, number), []).append(f"{name}:{number}")
+            for number, record in self.version_records(name).items():
+                found.setdefault(record["digest"], []).append(f"{name}:{number}")
         return found
 
     def publish(
@@ -139,16 +157,20 @@ class Registry:
         base: Version | None = None,
         parents: dict[str, Version] | None = None,
         details: dict[str, Any] | None = None,
+        allow_code: bool = False,
+        allowed_licences: list[str] | None = None,
     ) -> Version:
         """Publish a folder written by save_pretrained; the same content again gives the version that exists.
 
         kind: base, adapter, reward, value or merged. base: of an adapter; a reward or value model
         without one is a whole classifier. parents: by role.
         details: any of data, recipe, metrics, licence, build_key, code, packages, for the manifest.
+        allow_code: publish although `auto_map` makes loading run Python files of the folder.
+        allowed_licences: SPDX identifiers; another licence of it, its ancestors or its data is refused.
         """
         from baton.registry.publish import publish
 
-        return publish(self, Path(folder), name, kind, base, parents or {}, details or {})
+        return publish(self, Path(folder), name, kind, base, parents or {}, details or {}, allow_code, allowed_licences)
 
     def materialise(self, version: Version, folder: Path | None = None, replay_probe: bool = False) -> Path:
         """A plain, verified folder of the version: in the cache, or in `folder`, absent or empty."""
@@ -193,19 +215,22 @@ class Registry:
             "by": by or provenance.user(),
             "time": provenance.now(),
         }
-        with full_disk_is_user_error(f"promoting in {self.store.root} failed"):
+        with full_disk_is_user_error(f"promoting in {self.location} failed"):
             if not records.write(self.store, folder, len(history) + 1, record):
                 raise UserError(
                     f"someone moved {version.name}:{alias} meanwhile; look again: `baton show {version.name}:{alias}`."
                 )
         return record
 
+    def attestations(self, version: Version, kind: str | None = None) -> list[Attestation]:
+        """What was said of a version since it was published, oldest first; kind: evaluation, approval, …"""
+        return attestations.of(self, version.digest, kind)
+
     def verify(self, version: Version, deep: bool = False) -> list[str]:
         """Problems of a version, its files and all its ancestors; empty when there are none."""
         check = Verification(self)
-        found = check.check_manifest(version.digest, version.ref)
-        if deep and found:
-            check.check_probe(Version(version.name, version.number, version.digest, found))
+        if check.check_manifest(version.digest, version.ref) and deep:
+            check.check_probe(version)
         return check.problems
 
     def verify_all(self, deep: bool = False) -> list[str]:
@@ -223,30 +248,41 @@ class Registry:
         from baton.registry.probe import largest_difference
 
         identity = manifests.identity(content)
+        # One by one: a damaged version is not the same, and must not stop others from publishing.
         for number in reversed(self.numbers(name)):
             try:
-                digest = self._digest(name, number)
-                if digest not in self._seen:
-                    self._seen[digest] = manifests.identity(self.manifest(digest))
-                if self._seen[digest] != identity:
+                record = self._record(name, number)
+                if record.get("identity") != identity:
                     continue
-                version = self._version(name, number)
+                version = Version(name, number, record["digest"], self)
+                probe = version.manifest["probe"]
             except UserError:
-                continue  # a damaged version is not the same, and must not stop others from publishing
-            probe = version.manifest["probe"]
+                continue
             if probe["input_ids"] != content["probe"]["input_ids"]:
                 continue
             if largest_difference(content["probe"]["expected"], probe) is None:
                 return version
         return None
 
-    def _version(self, name: str, number: int) -> Version:
-        digest = self._digest(name, number)
-        return Version(name, number, digest, self.manifest(digest))
+    def _record(self, name: str, number: int) -> dict[str, Any]:
+        if (name, number) not in self._records:
+            found = records.read(self.store, records.versions_folder(name), number, "digest")
+            self._records[name, number] = found
+        return self._records[name, number]
 
-    def _digest(self, name: str, number: int) -> str:
-        record = records.read(self.store, records.versions_folder(name), number, "digest")
-        return str(record["digest"])
+    def _by_number(self, name: str, number: int) -> Version:
+        if self.store.exists(records.record_path(records.tombstones_folder(name), number)):
+            raise UserError(self._deleted(name, number))
+        path = records.record_path(records.versions_folder(name), number)
+        if (name, number) not in self._records and not self.store.exists(path):
+            self._require_model(name)
+            raise UserError(f"{name} has no version {number}; versions: {_span(self.numbers(name))}.")
+        return Version(name, number, self._record(name, number)["digest"], self)
+
+    def _deleted(self, name: str, number: int) -> str:
+        record = records.read(self.store, records.tombstones_folder(name), number, "why")
+        left = _span(self.numbers(name)) if self.numbers(name) else "none"
+        return f"{name}:{number} was deleted by {record.get('by')}: {record['why']}. Versions left: {left}."
 
     def _cached(self, version: Version) -> tuple[Path, Path | None]:
         base_folder = None
@@ -260,7 +296,33 @@ class Registry:
         if not self.numbers(name):
             known = self.models()
             listed = ", ".join(nearest(name, known) or known[:10]) or "none"
-            raise UserError(f"{self.store.root} has no model {name!r}; nearest: {listed}.")
+            raise UserError(f"{self.location} has no model {name!r}; nearest: {listed}.")
+
+
+def _open(location: str | Path, create: bool) -> Store:
+    store = open_store(location)
+    folder = Path(location).expanduser()
+    if not is_url(str(location)) and folder.exists() and not folder.is_dir():
+        raise UserError(f"{location} is not a registry but a file; name a folder.")
+    names = store.list("")
+    if "registry.json" not in names:
+        if set(names) - {"tmp"}:  # tmp/ alone: another process is just making it
+            raise UserError(
+                f"{location} is not a registry: it holds files but no registry.json. Name another folder, "
+                "or an empty one to make a registry there."
+            )
+        if not create:
+            raise UserError(f"there is no registry at {location}. Publishing there makes one; or name another.")
+        with full_disk_is_user_error(f"making the registry {location} failed"):
+            store.require_conditional_writes()
+            store.put_if_absent("registry.json", manifests.canonical({"format": FORMAT, "id": uuid.uuid4().hex}))
+    try:
+        found = json.loads(store.get("registry.json"))["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{location} is not a registry: its registry.json is damaged. Restore it.") from error
+    if found != FORMAT:
+        raise UserError(f"{location} has registry format {found!r}; this Baton reads {FORMAT!r}. Update Baton.")
+    return store
 
 
 def _span(numbers: list[int]) -> str:

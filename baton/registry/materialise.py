@@ -1,6 +1,5 @@
 """Turn a version into a plain, verified folder: in the cache, or where a person wants it."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,16 +12,8 @@ from typing import Any
 
 from baton.errors import UserError
 from baton.registry.inspection import ADAPTER_CONFIG
-from baton.registry.store import (
-    CHUNK_BYTES,
-    LocalStore,
-    blob_path,
-    file_sha256,
-    full_disk_is_user_error,
-    sync_folder,
-)
-
-_FICLONE = 0x40049409  # Linux: share a file's extents until one side is written
+from baton.registry.stores import Store, blob_path
+from baton.registry.stores.files import file_sha256, full_disk_is_user_error, sync_folder
 
 
 def cache_root() -> Path:
@@ -30,7 +21,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("BATON_CACHE") or ".baton/cache").absolute()
 
 
-def into_cache(store: LocalStore, digest: str, manifest: dict[str, Any], base_folder: Path | None) -> Path:
+def into_cache(store: Store, digest: str, manifest: dict[str, Any], base_folder: Path | None) -> Path:
     """The cached folder of a version, made if absent and mended if a file has changed."""
     target = cache_root() / digest.removeprefix("sha256:")
     stamp_path = target.with_suffix(".stamp.json")
@@ -52,7 +43,7 @@ def into_cache(store: LocalStore, digest: str, manifest: dict[str, Any], base_fo
 
 
 def into_folder(
-    store: LocalStore,
+    store: Store,
     manifest: dict[str, Any],
     target: Path,
     base: dict[str, Any] | None,
@@ -121,7 +112,7 @@ def _move_away(target: Path) -> None:
         os.rename(target, old / "old")
 
 
-def _write(store: LocalStore, manifest: dict[str, Any], folder: Path, base_folder: Path | None) -> dict[str, str]:
+def _write(store: Store, manifest: dict[str, Any], folder: Path, base_folder: Path | None) -> dict[str, str]:
     expected = {}
     for entry in manifest["files"]:
         target = folder / entry["path"]
@@ -136,7 +127,7 @@ def _write(store: LocalStore, manifest: dict[str, Any], folder: Path, base_folde
     return expected
 
 
-def _expected_files(store: LocalStore, manifest: dict[str, Any], base_folder: Path | None) -> dict[str, str]:
+def _expected_files(store: Store, manifest: dict[str, Any], base_folder: Path | None) -> dict[str, str]:
     expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     if base_folder is not None:
         try:
@@ -153,45 +144,28 @@ def _adapter_config(data: bytes, base_folder: Path) -> bytes:
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def copy_blob(store: LocalStore, entry: dict[str, Any], target: Path) -> None:
-    """Reflink or copy a blob to a new file, and check its digest; never a link that an edit could follow."""
-    source = store.path(blob_path(entry["sha256"]))
-    digest = hashlib.sha256()
+def copy_blob(store: Store, entry: dict[str, Any], target: Path) -> None:
+    """Copy a blob to a new file, and check its digest; never a link that an edit could follow into the store."""
     try:
-        with open(source, "rb") as blob, open(target, "xb") as out:
-            if _reflink(out.fileno(), blob.fileno()):
-                found = file_sha256(target)
-            else:
-                while chunk := blob.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    out.write(chunk)
-                found = digest.hexdigest()
-            os.fsync(out.fileno())  # a stamp must not outlive the content that it vouches for
+        found = store.fetch_blob(entry["sha256"], target)
     except FileNotFoundError as error:
         raise _missing(store, entry["path"], entry["sha256"]) from error
     _require_digest(store, entry["path"], entry["sha256"], found)
 
 
-def _missing(store: LocalStore, path: str, sha256: str) -> UserError:
+def _missing(store: Store, path: str, sha256: str) -> UserError:
     return UserError(
-        f"{store.path(blob_path(sha256))} is missing, the blob of {path}. Copy it from a backup or another registry."
+        f"{store.describe(blob_path(sha256))} is missing, the blob of {path}. "
+        "Copy it from a backup or another registry."
     )
 
 
-def _require_digest(store: LocalStore, path: str, expected: str, found: str) -> None:
+def _require_digest(store: Store, path: str, expected: str, found: str) -> None:
     if found != expected:
         raise UserError(
-            f"{path} is damaged in the registry ({store.path(blob_path(expected))}): expected "
+            f"{path} is damaged in the registry ({store.describe(blob_path(expected))}): expected "
             f"sha256:{expected}, found sha256:{found}. Copy the blob from a backup or another registry."
         )
-
-
-def _reflink(target: int, source: int) -> bool:
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError:
-        return False
-    return True
 
 
 def _is_intact(folder: Path, stamp_path: Path, expected: dict[str, str]) -> bool:

@@ -9,7 +9,8 @@ from baton.errors import UserError
 from baton.registry import probe
 from baton.registry.inspection import HEAD
 from baton.registry.materialise import copy_blob, new_folder
-from baton.registry.store import LocalStore, full_disk_is_user_error
+from baton.registry.stores import Store
+from baton.registry.stores.files import full_disk_is_user_error
 from baton.registry.version import HEAD_KINDS, Version
 from baton.registry.vocabulary import TOKENIZER_FILES
 from baton.registry.weights import Tensor, read_model
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def merge(store: LocalStore, version: Version, adapter: Path, base: Path, target: Path) -> Path:
+def merge(store: Store, version: Version, adapter: Path, base: Path, target: Path) -> Path:
     """Merge in float32, prove it by the adapter's probe, cast to the base's dtypes, and save to `target`.
 
     adapter, base: materialised folders. target: absent or empty. A reward or value version becomes a sequence

@@ -10,7 +10,7 @@ from baton.registry import manifest as manifests
 from baton.registry import probe, provenance, records, vocabulary, weights
 from baton.registry.inspection import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inspect, rows_of, vocabulary_size
 from baton.registry.reference import check_name
-from baton.registry.store import full_disk_is_user_error, write_hashed
+from baton.registry.stores.files import full_disk_is_user_error, write_hashed
 from baton.registry.version import HEAD_KINDS, Version
 
 if TYPE_CHECKING:
@@ -35,16 +35,18 @@ def publish(
     base: Version | None,
     parents: dict[str, Version],
     details: dict[str, Any],
+    allow_code: bool,
+    allowed_licences: list[str] | None,
 ) -> Version:
     """Publish `folder` as the next version of `name`; the same content again gives the existing version."""
     check_name(name)
     assert set(details) <= DETAILS, f"unknown details: {set(details) - DETAILS}"
     paths = inspect(folder, kind, base)
     for version in [*parents.values(), *([base] if base else [])]:
-        registry.manifest(version.digest)  # an ancestor of another registry would break the lineage
+        registry.read_manifest(version.digest)  # an ancestor of another registry would break the lineage
     base_folder = registry.materialise(base) if base else None
     with (
-        full_disk_is_user_error(f"publishing {name} to {registry.store.root} failed"),
+        full_disk_is_user_error(f"publishing {name} to {registry.location} failed"),
         registry.store.workspace() as aside,
     ):
         files = _copy(folder, paths, aside, base)
@@ -65,8 +67,14 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
     digest = manifests.digest_of(data)
     stored = manifests.parse(data, digest, "the new manifest")
     registry.store.put_if_absent(manifests.manifest_path(digest), data)
-    registry.manifest(digest)  # an older copy under that name may have been damaged since
-    record = {"digest": digest, "by": provenance.user(), "time": provenance.now()}
+    registry.read_manifest(digest)  # an older copy under that name may have been damaged since
+    record = {
+        "digest": digest,
+        "kind": stored["kind"],
+        "identity": manifests.identity(stored),
+        "by": provenance.user(),
+        "time": provenance.now(),
+    }
     folder = records.versions_folder(name)
     number = 0
     while True:
@@ -74,9 +82,9 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
         if existing:
             return existing
         # A number that was just refused is taken, even where NFS still lists the folder without it.
-        number = max([number, *records.numbers(registry.store, folder)]) + 1
+        number = max([number, *registry.all_numbers(name)]) + 1
         if records.write(registry.store, folder, number, {"number": number, **record}):
-            return Version(name, number, digest, stored)
+            return Version(name, number, digest, registry)
 
 
 def _copy(folder: Path, paths: list[str], aside: Path, base: Version | None) -> list[dict[str, Any]]:

@@ -1,20 +1,27 @@
-"""The numbered records of a model: its versions, and each alias with its history."""
+"""The numbered records of a model: its versions, what was deleted, and each alias with its history."""
 
 import json
 import re
+import uuid
 from typing import Any
 
 from baton.errors import UserError
 from baton.registry.manifest import canonical
 from baton.registry.reference import check_alias
-from baton.registry.store import LocalStore
+from baton.registry.stores import Store
 
 _RECORD = re.compile(r"([0-9]{7})\.json")
+_FIELD_TYPES = {"digest": str, "to": int, "why": str}
 
 
 def versions_folder(name: str) -> str:
     """Where the version records of a model lie."""
     return f"models/{name}/versions"
+
+
+def tombstones_folder(name: str) -> str:
+    """Where the records of deleted versions lie, each under its version's number."""
+    return f"models/{name}/tombstones"
 
 
 def alias_folder(name: str, alias: str) -> str:
@@ -27,32 +34,48 @@ def record_path(folder: str, number: int) -> str:
     return f"{folder}/{number:07d}.json"
 
 
-def numbers(store: LocalStore, folder: str) -> list[int]:
+def numbers(store: Store, folder: str) -> list[int]:
     """The numbers of the records in `folder`, ascending; other files are left to `verify`."""
     return [int(match[1]) for name in store.list(folder) if (match := _RECORD.fullmatch(name))]
 
 
-def read(store: LocalStore, folder: str, number: int, field: str) -> dict[str, Any]:
-    """One record, which must have `field` (`digest` or `to`); raises UserError that names a damaged one."""
+def read(store: Store, folder: str, number: int, field: str) -> dict[str, Any]:
+    """One record, which must have `field` (digest, to or why); raises UserError that names a damaged one."""
     path = record_path(folder, number)
     try:
-        record = json.loads(store.get(path))
+        return parse(store, path, store.get(path), field)
     except FileNotFoundError as error:
-        raise UserError(f"{store.path(path)} is missing.") from error
+        raise UserError(f"{store.describe(path)} is missing.") from error
+
+
+def parse(store: Store, path: str, data: bytes, field: str) -> dict[str, Any]:
+    """A record from its bytes; raises UserError that names a damaged one."""
+    try:
+        record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{store.path(path)} is damaged: not JSON ({error}). Restore it from a backup.") from error
-    expected = str if field == "digest" else int
-    if not isinstance(record, dict) or not isinstance(record.get(field), expected):
-        raise UserError(f"{store.path(path)} is damaged: no field {field!r}. Restore it from a backup.")
+        raise UserError(f"{store.describe(path)} is damaged: not JSON ({error}). Restore it from a backup.") from error
+    if not isinstance(record, dict) or not isinstance(record.get(field), _FIELD_TYPES[field]):
+        raise UserError(f"{store.describe(path)} is damaged: no field {field!r}. Restore it from a backup.")
     return record
 
 
-def write(store: LocalStore, folder: str, number: int, record: dict[str, Any]) -> bool:
+def read_all(store: Store, folder: str, wanted: list[int], field: str) -> dict[int, dict[str, Any]]:
+    """Several records, many at a time where the store is far away; raises UserError that names a bad one."""
+    paths = {number: record_path(folder, number) for number in wanted}
+    found = store.get_many(list(paths.values()))
+    for path in paths.values():
+        if path not in found:
+            raise UserError(f"{store.describe(path)} is missing.")
+    return {number: parse(store, path, found[path], field) for number, path in paths.items()}
+
+
+def write(store: Store, folder: str, number: int, record: dict[str, Any]) -> bool:
     """Write record `number` unless it exists; True when this call wrote it."""
-    return store.put_if_absent(record_path(folder, number), canonical(record))
+    # The nonce tells a writer whose answer was lost that the record it then finds is its own.
+    return store.put_if_absent(record_path(folder, number), canonical({**record, "nonce": uuid.uuid4().hex}))
 
 
-def alias_names(store: LocalStore, name: str) -> list[str]:
+def alias_names(store: Store, name: str) -> list[str]:
     """The aliases of a model, sorted."""
     return [alias for alias in store.list(f"models/{name}/aliases") if is_alias(alias)]
 

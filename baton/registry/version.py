@@ -1,7 +1,12 @@
 """A published version: its name, number, digest and manifest."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from baton.registry.catalogue import Registry
 
 KINDS = ("base", "adapter", "reward", "value", "merged")
 HEAD_KINDS = ("reward", "value")  # with a score head: a PEFT adapter on a base, or a whole sequence classifier
@@ -16,7 +21,12 @@ class Version:
     name: str
     number: int
     digest: str
-    manifest: dict[str, Any] = field(repr=False, compare=False)
+    registry: "Registry" = field(repr=False, compare=False)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """All that is known of it; read, and verified against `digest`, when first asked for."""
+        return self.registry.manifest(self.digest)
 
     @property
     def ref(self) -> str:
@@ -32,3 +42,22 @@ class Version:
     def base(self) -> str | None:
         """The digest of the base that an adapter belongs to; None for whatever loads by itself."""
         return self.manifest["base"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics that its publisher recorded."""
+        return dict(self.manifest["metrics"])
+
+    def folder(self) -> Path:
+        """A plain, verified folder of it in the cache, for reading."""
+        return self.registry.materialise(self)
+
+    def load(self, dtype: str = "auto") -> tuple[Any, Any]:
+        """(model, tokenizer) in evaluation mode: a language model, or a sequence classifier for reward and value.
+
+        dtype: "auto" takes what this machine is fast in; else a torch dtype's name.
+        """
+        from baton.models import load_policy, load_scorer
+
+        loader = load_scorer if self.kind in HEAD_KINDS else load_policy
+        return loader(self.registry, self, dtype)

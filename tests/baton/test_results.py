@@ -48,10 +48,11 @@ def test_ppo_shows_gold_and_the_win_rate_with_its_interval() -> None:
 
 
 def test_the_ppo_rows_fit_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Registry.open(tmp_path, create=True)
+    registry = Registry(tmp_path, create=True)
     metrics = {"eval/reward": -10.123, "eval/reward_before": -12.345, "eval/gold": 0.5, "eval/gold_before": 0.1}
     metrics |= {"eval/win_rate": 1.0, "eval/win_rate_low": 0.9, "eval/win_rate_high": 1.0, "seconds": 7625}
-    version = Version("a-team/a-long-name", 12, "sha256:" + "0" * 64, {"metrics": metrics})
+    version = Version("a-team/a-long-name", 12, "sha256:" + "0" * 64, registry)
+    monkeypatch.setattr(Registry, "manifest", lambda registry, digest: {"metrics": metrics})
     monkeypatch.setattr(Registry, "resolve", lambda registry, ref: version)
     text = shown([recipe(PPORecipe, tmp_path, Publish(name="a-team/a-long-name"))])
     assert max(len(line) for line in text.splitlines()) <= 80
@@ -73,14 +74,15 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_table_reads_the_version_at_the_alias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Registry.open(tmp_path, create=True)
+    Registry(tmp_path, create=True)
     metrics = {"eval/loss": 0.5, "eval/loss_before": 1.0, "inventions/unknown": 1.0, "seconds": 95}
 
     def resolve(registry: Registry, ref: str) -> Version:
         assert ref == "t/sft:best"
-        return Version("t/sft", 3, "sha256:" + "0" * 64, {"metrics": metrics})
+        return Version("t/sft", 3, "sha256:" + "0" * 64, registry)
 
     monkeypatch.setattr(Registry, "resolve", resolve)
+    monkeypatch.setattr(Registry, "manifest", lambda registry, digest: {"metrics": metrics})
     text = shown([recipe(SFTRecipe, tmp_path, Publish(name="t/sft", alias="best"))])
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "inventions: replies about unknown people" in text and "n-gram" not in text
@@ -88,7 +90,7 @@ def test_the_table_reads_the_version_at_the_alias(tmp_path: Path, monkeypatch: p
 
 
 def test_stages_without_a_version_have_no_row(tmp_path: Path) -> None:
-    Registry.open(tmp_path, create=True)
+    Registry(tmp_path, create=True)
     world = WorldRecipe(stage="world", run_dir="r", out="o", people=1, text_only=1, documents=1)
     assert "sft" not in shown([world, recipe(SFTRecipe, tmp_path, Publish(name="t/sft"))])
     assert "sft" not in shown([recipe(SFTRecipe, tmp_path / "nowhere", Publish(name="t/sft"))])

@@ -63,7 +63,7 @@ def main() -> None:
     from baton.registry import Registry
     from stages.ppo import main as train
 
-    registry = Registry.open(work / "registry", create=True)
+    registry = Registry(work / "registry", create=True)
     registry.publish(args.model, name="arithmetic/base", kind="base", details={})
     (work / "ppo.yaml").write_text(RECIPE.format(work=work))
     version = train(load_recipe(work / "ppo.yaml", args.overrides, PPORecipe))

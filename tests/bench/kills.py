@@ -82,7 +82,7 @@ class Bench:
 
     def digests(self, folder: Path) -> dict[str, str]:
         """model/file -> sha256 of what the run in `folder` published."""
-        registry = Registry.open(folder / "registry")
+        registry = Registry(folder / "registry")
         found = {}
         for name in self.names:
             assert registry.numbers(name) == [1], f"{name} was published {len(registry.numbers(name))} times"

@@ -83,7 +83,7 @@ def make_registry(args: argparse.Namespace, folder: Path) -> None:
 
     from baton.registry import Registry
 
-    registry = Registry.open(folder / "registry", create=True)
+    registry = Registry(folder / "registry", create=True)
     base = registry.publish(args.model, name="bench/base", kind="base", details={})
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1, dtype=torch.float32)

@@ -136,7 +136,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     """An empty registry."""
-    return Registry.open(tmp_path / "registry", create=True)
+    return Registry(tmp_path / "registry", create=True)
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +146,7 @@ def published(made: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = os.environ.get("BATON_CACHE")
     os.environ["BATON_CACHE"] = str(root / "cache")
     try:
-        filled = Registry.open(root / "registry", create=True)
+        filled = Registry(root / "registry", create=True)
         base = filled.publish(made.base, name="team/base", kind="base", details={"licence": "apache-2.0"})
         filled.publish(made.other_base, name="team/other", kind="base")
         parents: dict[str, Version] = {"pretrain": base}
@@ -171,4 +171,4 @@ def published(made: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def filled(published: Path, tmp_path: Path) -> Registry:
     """A copy of the published registry: team/base, team/other, team/adapter, team/reward, team/value."""
-    return Registry.open(shutil.copytree(published, tmp_path / "filled"))
+    return Registry(shutil.copytree(published, tmp_path / "filled"))

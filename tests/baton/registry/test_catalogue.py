@@ -19,30 +19,30 @@ def flip(path: Path, at: int = 100) -> None:
 
 def test_opening(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no registry"):
-        Registry.open(tmp_path / "absent")
+        Registry(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-    made = Registry.open(tmp_path / "deep" / "new", create=True)
+    made = Registry(tmp_path / "deep" / "new", create=True)
     identity = made.store.get("registry.json")
-    Registry.open(tmp_path / "deep" / "new", create=True)
+    Registry(tmp_path / "deep" / "new", create=True)
     assert made.store.get("registry.json") == identity and made.models() == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="there is no registry"):
-        Registry.open(tmp_path / "empty")
-    Registry.open(tmp_path / "empty", create=True)
+        Registry(tmp_path / "empty")
+    Registry(tmp_path / "empty", create=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("x")
     for create in (False, True):
         with pytest.raises(UserError, match="not a registry"):
-            Registry.open(tmp_path / "photos", create=create)
+            Registry(tmp_path / "photos", create=create)
         with pytest.raises(UserError, match="not a registry"):
-            Registry.open(tmp_path / "photos" / "a.jpg", create=create)
+            Registry(tmp_path / "photos" / "a.jpg", create=create)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "baton.registry/9"}'])
 def test_a_damaged_or_newer_registry_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "registry.json").write_text(text)
     with pytest.raises(UserError, match="not a registry|this Baton reads"):
-        Registry.open(tmp_path, create=True)
+        Registry(tmp_path, create=True)
 
 
 def test_resolving(filled: Registry) -> None:
@@ -84,7 +84,7 @@ def test_an_alias_keeps_its_history(filled: Registry, tmp_path: Path) -> None:
         (2, 1, "better", "bob"),
         (1, 2, "worse after all", "ann"),
     ]
-    assert set(history[0]) == {"to", "previous", "reason", "by", "time"}
+    assert set(history[0]) == {"to", "previous", "reason", "by", "time", "nonce"}
     assert filled.aliases("team/base") == {"prod": 1}
     filled.promote("team/base:prod", "prod", "again")
     assert len(filled.alias_history("team/base", "prod")) == 3
@@ -104,7 +104,7 @@ def publish_variant(registry: Registry, licence: str) -> Version:
 
 def test_a_promoter_who_comes_too_late_is_told(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish_variant(filled, "mit")
-    late = Registry.open(filled.store.root)
+    late = Registry(filled.store.root)
     monkeypatch.setattr(late, "alias_history", lambda name, alias: [])
     filled.promote("team/base:1", "prod", "mine")
     with pytest.raises(UserError, match="someone moved team/base:prod meanwhile; look again"):
@@ -113,7 +113,7 @@ def test_a_promoter_who_comes_too_late_is_told(filled: Registry, monkeypatch: py
 
 
 def _promote_often(path: str, writer: int) -> None:
-    registry = Registry.open(path)
+    registry = Registry(path)
     for number in range(20):
         try:
             registry.promote(f"team/base:{1 + (writer + number) % 2}", "prod", f"{writer}-{number}")

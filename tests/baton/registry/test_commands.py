@@ -94,7 +94,7 @@ def test_publishing_makes_a_registry_and_reading_does_not(folders: Any, tmp_path
     assert not absent.exists()
     words = ["publish", str(folders.base), "--name", "team/base", "--kind", "base", "--registry", str(absent)]
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
-    assert Registry.open(absent).resolve("team/base:1").kind == "base"
+    assert Registry(absent).resolve("team/base:1").kind == "base"
 
 
 def test_the_registry_is_found_by_environment(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def test_a_whole_classifier_is_refused(filled: Registry, folders: Any, kind: str
 def test_a_bad_name_or_a_stranger_for_parent_is_refused(filled: Registry, folders: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad name"):
         filled.publish(folders.base, name="base", kind="base")
-    elsewhere = Registry.open(tmp_path / "elsewhere", create=True)
+    elsewhere = Registry(tmp_path / "elsewhere", create=True)
     parent = filled.resolve("team/base:1")
     with pytest.raises(UserError, match="is missing"):
         elsewhere.publish(folders.base, name="team/base", kind="base", parents={"init": parent})

@@ -85,7 +85,7 @@ def test_the_second_read_hashes_nothing_and_a_changed_file_is_mended(
 
 
 def _materialise_often(path: str, barrier: Any) -> None:
-    registry = Registry.open(path)
+    registry = Registry(path)
     version = registry.resolve("team/adapter:1")
     barrier.wait()
     for _ in range(10):

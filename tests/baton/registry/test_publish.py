@@ -103,7 +103,7 @@ def _publish_many(path: str, folder: str, writer: int, count: int) -> None:
     # The race is about numbers; loading a model a thousand times would only hide it.
     recorded = {"input_ids": [[0]], "expected": [[0.0]], "atol": 0.0, "rtol": 0.0}
     probe.record = lambda *arguments: recorded  # type: ignore[assignment]
-    registry = Registry.open(path, create=True)
+    registry = Registry(path, create=True)
     for number in range(count):
         registry.publish(folder, name="team/race", kind="base", details={"build_key": f"{writer}-{number}"})
         registry.publish(folder, name="team/same", kind="base", details={"build_key": "one"})
@@ -121,7 +121,7 @@ def test_writers_at_once_get_contiguous_numbers(folders: Any, tmp_path: Path) ->
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * writers
-    registry = Registry.open(path)
+    registry = Registry(path)
     assert registry.numbers("team/race") == list(range(1, writers * count + 1))
     keys = {version.manifest["build_key"] for version in registry.versions("team/race")}
     assert keys == {f"{writer}-{number}" for writer in range(writers) for number in range(count)}

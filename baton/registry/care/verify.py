@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from baton.errors import UserError
 from baton.registry import manifest as manifests
 from baton.registry import records
-from baton.registry.store import blob_path, file_sha256
+from baton.registry.stores import blob_path
 from baton.registry.version import WHOLE_KINDS, Version
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Verification:
         if digest in self._manifests:
             return self._manifests[digest]
         try:
-            manifest = self.registry.manifest(digest)
+            manifest = self.registry.read_manifest(digest)
         except UserError as error:
             self._manifests[digest] = None
             self.problems.append(f"{role}: {error}")
@@ -49,11 +49,12 @@ class Verification:
         if sha256 in self._blobs:
             return
         self._blobs.add(sha256)
-        path = self.store.path(blob_path(sha256))
-        if not path.is_file():
+        path = self.store.describe(blob_path(sha256))
+        try:
+            found, found_size = self.store.hash_blob(sha256)
+        except FileNotFoundError:
             self.problems.append(f"{role}: {path} is missing")
             return
-        found, found_size = file_sha256(path), path.stat().st_size
         if found != sha256:
             self.problems.append(f"{role}: {path} is damaged: expected sha256:{sha256}, found sha256:{found}")
         elif size is not None and size != found_size:
@@ -72,7 +73,7 @@ class Verification:
         for number, record in versions.items():
             manifest = self.check_manifest(record["digest"], f"{name}:{number}")
             if deep and manifest:
-                self.check_probe(Version(name, number, record["digest"], manifest))
+                self.check_probe(Version(name, number, record["digest"], self.registry))
         for alias in self.store.list(f"models/{name}/aliases"):
             if not records.is_alias(alias):
                 self.problems.append(f"{name}: {alias!r} among the aliases is none")
@@ -93,10 +94,10 @@ class Verification:
         found: dict[int, dict[str, Any]] = {}
         present = records.numbers(self.store, folder)
         stray = set(self.store.list(folder)) - {f"{number:07d}.json" for number in present}
-        self.problems += [f"{self.store.path(folder)}: {name!r} is not a record" for name in sorted(stray)]
+        self.problems += [f"{self.store.describe(folder)}: {name!r} is not a record" for name in sorted(stray)]
         missing = sorted(set(range(1, max(present, default=0) + 1)) - set(present))
         gaps = [records.record_path(folder, number) for number in missing]
-        self.problems += [f"{self.store.path(path)} is missing" for path in gaps]
+        self.problems += [f"{self.store.describe(path)} is missing" for path in gaps]
         for number in present:
             try:
                 found[number] = records.read(self.store, folder, number, field)
@@ -116,7 +117,7 @@ class Verification:
                 self.problems.append(f"manifests/sha256/{file} is not a manifest's name")
             elif digest not in self._manifests:
                 try:
-                    self.registry.manifest(digest)
+                    self.registry.read_manifest(digest)
                 except UserError as error:
                     self.problems.append(f"a manifest that no version names: {error}")
         for sha256 in self.store.list("blobs/sha256"):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from baton.errors import UserError
-from baton.registry.store import LocalStore, blob_path, write_hashed
+from baton.registry.stores.files import write_hashed
+from baton.registry.stores.interface import blob_path
+from baton.registry.stores.local import LocalStore
 
 
 def test_put_if_absent_keeps_the_first(tmp_path: Path) -> None:

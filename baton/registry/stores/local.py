@@ -1,40 +1,65 @@
 """The local folder store: blobs and records that are written once, by os.link, and never changed."""
 
 import errno
-import hashlib
 import os
 import shutil
-import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from baton.errors import UserError
+from baton.registry.stores.files import clone_or_copy, file_sha256, sync_folder
+from baton.registry.stores.interface import Entry, Store, blob_path
 
-CHUNK_BYTES = 4 << 20
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class LocalStore:
-    """Files under one folder, local or NFS. Paths are relative, with forward slashes."""
+class LocalStore(Store):
+    """Files under one folder, local or NFS."""
 
     def __init__(self, root: Path) -> None:
         """root: the registry's folder; absolute, so that a later change of directory does no harm."""
         self.root = root.absolute()
+        self.location = str(root)
 
     def path(self, path: str) -> Path:
         """Where `path` lies on this file system."""
         return self.root / path
 
+    def describe(self, path: str) -> str:
+        """The file's absolute path."""
+        return str(self.path(path))
+
+    def require_conditional_writes(self) -> None:
+        """Write one record twice: the first must win. Raises UserError where hard links do not work."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = f"tmp/{uuid.uuid4().hex}.conditional"
+        try:
+            if not self.put_if_absent(path, b"first") or self.put_if_absent(path, b"second"):
+                raise UserError(f"{self.root} lets a second writer replace the first; put the registry elsewhere.")
+        finally:
+            self.delete(path)
+
     def get(self, path: str) -> bytes:
-        """The bytes of one record; raises FileNotFoundError."""
+        """The bytes of one record."""
         return self.path(path).read_bytes()
 
-    def exists(self, path: str) -> bool:
-        """Whether `path` has been put."""
-        return self.path(path).exists()
+    def get_many(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """The bytes of those records that are there."""
+        found = {}
+        for path in paths:
+            with suppress(FileNotFoundError):
+                found[path] = self.get(path)
+        return found
+
+    def stat(self, path: str) -> Entry | None:
+        """Size and time of one file; None when it is not there."""
+        try:
+            status = self.path(path).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Entry(path, status.st_size, status.st_mtime)
 
     def list(self, folder: str) -> list[str]:
         """The names directly under `folder`, sorted; empty when there is no such folder."""
@@ -42,6 +67,15 @@ class LocalStore:
             return sorted(os.listdir(self.path(folder)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def walk(self, folder: str) -> Iterator[Entry]:
+        """Every file at any depth under `folder`, sorted by path."""
+        for name in self.list(folder):
+            path = f"{folder}/{name}" if folder else name
+            if self.path(path).is_dir():
+                yield from self.walk(path)
+            elif entry := self.stat(path):
+                yield entry
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write `path` durably and at once, unless it exists. True when this call wrote it."""
@@ -69,6 +103,20 @@ class LocalStore:
             os.link(file, aside)
             os.replace(aside, target)
             sync_folder(target.parent)
+
+    def fetch_blob(self, sha256: str, target: Path) -> str:
+        """Reflink or copy a blob to a new file; returns the hex digest of what was written."""
+        return clone_or_copy(self.path(blob_path(sha256)), target)
+
+    def hash_blob(self, sha256: str) -> tuple[str, int]:
+        """Read a blob through: (hex digest, bytes) as found."""
+        path = self.path(blob_path(sha256))
+        return file_sha256(path), path.stat().st_size
+
+    def delete(self, path: str) -> None:
+        """Remove a file; nothing happens when it is not there."""
+        target = self.path(path)
+        target.unlink(missing_ok=True)
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
@@ -109,65 +157,3 @@ class LocalStore:
         folder.mkdir(exist_ok=True)
         # Without this a crash can lose the new folder and, with it, a record reported as written.
         sync_folder(folder.parent)
-
-
-def blob_path(sha256: str) -> str:
-    """Where the blob with this hex digest lies in a store."""
-    return f"blobs/sha256/{sha256}"
-
-
-def file_sha256(path: Path) -> str:
-    """The hex digest of a file's bytes, read in chunks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_hashed(source: Path | bytes, target: Path) -> tuple[str, int]:
-    """Write a new file from a file or bytes, synced to disk; returns (hex digest, bytes)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with open(target, "xb") as out:
-        for chunk in _chunks(source):
-            out.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        out.flush()
-        os.fsync(out.fileno())
-    return digest.hexdigest(), size
-
-
-def _chunks(source: Path | bytes) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        yield source
-        return
-    # O_NOFOLLOW: the folder was checked for links, and must not gain one in between.
-    descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode), source
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def full_disk_is_user_error(doing: str) -> Iterator[None]:
-    """Turn "no space left" into a UserError that begins with `doing`."""
-    try:
-        yield
-    except Exception as error:
-        # safetensors reports the system's error as text inside an exception of its own.
-        is_full = isinstance(error, OSError) and error.errno in _FULL_DISK
-        if is_full or "No space left on device" in str(error):
-            raise UserError(
-                f"{doing}: no space left on the disk ({error}). "
-                "Nothing half-done is left; free some space and try again."
-            ) from error
-        raise

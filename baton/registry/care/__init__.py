@@ -1,0 +1,1 @@
+"""Keeping a registry whole: verification, repair, deletion, garbage collection."""

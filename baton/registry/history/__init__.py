@@ -1,0 +1,1 @@
+"""Where a version comes from, what came of it, and what differs between two."""

@@ -1,0 +1,1 @@
+"""Versions on their way: bundles, pushes between registries, the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""Who vouches for a version: attestations, approvals, gates, signatures, the registry's policy."""
