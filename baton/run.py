@@ -20,6 +20,7 @@ from baton.errors import UserError
 from baton.preemption import EXIT_CODE, Preempted, ignore_signals
 from baton.recipe import TrainedRecipe, load_recipe
 from baton.registry import Registry, Version
+from baton.registry.care.leases import Lease
 from baton.registry.reference import check_alias, check_name
 from baton.registry.stores.files import full_disk_is_user_error
 
@@ -60,6 +61,8 @@ class Run(Generic[T]):
                 f"{state.num_processes} processes"
             )
         registry, inputs = _on_main(state, lambda: _open_inputs(recipe))
+        if state.is_main_process:
+            _hold(recipe, registry, inputs)
         key = build_key(recipe, inputs)
         dtype = _on_main(state, lambda: _open_folder(recipe, key, state))
         run = cls(recipe, registry, inputs, state, key, dtype)
@@ -168,6 +171,7 @@ class Run(Generic[T]):
 
     def finish(self, version: Version, word: str = "published") -> Version:
         """Record that the run is done."""
+        _let_go()
         if self.is_main:
             self.write_status("up to date" if word == "up to date" else "done", word, version=version.ref)
             self.say(
@@ -380,6 +384,21 @@ def _open_inputs(recipe: TrainedRecipe) -> tuple[Registry, Inputs]:
     return registry, resolve_inputs(recipe, registry)
 
 
+_leases: list[Lease] = []
+
+
+def _hold(recipe: TrainedRecipe, registry: Registry, inputs: Inputs) -> None:
+    """Keep what this run reads, and will name as its parents, from being collected meanwhile."""
+    held = Lease(registry.store, f"stage {recipe.stage} in {recipe.run_dir}")
+    _leases.append(held)
+    held.add(version.digest for version in inputs.versions.values())
+
+
+def _let_go() -> None:
+    while _leases:
+        _leases.pop().release()
+
+
 Result = TypeVar("Result")
 
 
@@ -416,6 +435,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _leave(code: int) -> None:
+    with suppress(Exception):  # the collector finds out by itself that this process is gone
+        _let_go()
     # preempted ranks leave together: a launcher ends the others by a signal when the first one is gone
     if code in (0, EXIT_CODE) and "torch" in sys.modules:
         import torch.distributed as dist

@@ -32,6 +32,10 @@ class Registry:
         self._records: dict[tuple[str, int], dict[str, Any]] = {}
         self._manifests: dict[str, dict[str, Any]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # One rank opens a registry for all: what was read and the store's connections stay behind.
+        return Registry, (self.store.describe("").rstrip("/"),)
+
     @property
     def location(self) -> str:
         """Where it lies, as it was named."""

@@ -37,6 +37,27 @@ def test_what_is_published_already_is_found(chain: Any) -> None:
     assert Run.start(chain.recipe("sft", "train.seed=99")).already_published() is None
 
 
+def leases(chain: Any) -> list[dict[str, Any]]:
+    store = chain.registry.store
+    return [json.loads(store.get(f"leases/{name}")) for name in store.list("leases")]
+
+
+def test_what_a_run_reads_is_leased_until_it_is_done(chain: Any) -> None:
+    run = Run.start(chain.recipe("sft"))
+    (lease,) = leases(chain)
+    assert lease["holds"] == [chain.versions["pretrain"].digest.removeprefix("sha256:")]
+    assert lease["what"].startswith("stage sft in ")
+    run.finish(chain.versions["sft"])
+    assert leases(chain) == []
+
+
+def test_a_program_that_fails_lets_go(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run.start(chain.recipe("sft"))
+    monkeypatch.setattr(runs.os, "_exit", lambda code: None)
+    runs._leave(1)
+    assert leases(chain) == []
+
+
 def checkpoint(run: Run[Any], step: int, complete: bool = True) -> Path:
     folder = run.checkpoints / f"checkpoint-{step}"
     folder.mkdir(parents=True)
