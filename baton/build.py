@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from baton.recipe import (
     WorldRecipe,
 )
 from baton.registry import Registry, Version
+from baton.registry.history.licences import Holding, licences_of, refuse
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Inputs:
 def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     """Resolve the recipe's references once, check their kinds and that they fit together, fingerprint the data.
 
-    Raises UserError on an unknown reference, a version of the wrong kind, or roles that do not fit.
+    Raises UserError on an unknown reference, a version of the wrong kind, roles that do not fit, or a licence outside
+    the recipe's `allowed_licences`.
     """
     versions: dict[str, Version] = {}
     model: ModelSource | None = None
@@ -110,9 +112,32 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     if data is not None:
         for use in ("train", "eval", "questions", "ptx"):
             sources[use] = [fingerprint(source, recipe.folder) for source in getattr(data, use, [])]
+    _check_licences(recipe, registry, versions, sources, model)
     template = recipe.folder / recipe.chat_template if isinstance(recipe, SFTRecipe) else None
     template_digest = _file_digest(template) if template and template.is_file() else None
     return Inputs(versions, sources, model, template_digest, functions, classifiers)
+
+
+def _check_licences(
+    recipe: TrainedRecipe,
+    registry: Registry,
+    versions: dict[str, Version],
+    sources: dict[str, list[dict[str, Any]]],
+    model: ModelSource | None,
+) -> None:
+    """Refuse before the training what the publishing would refuse after it."""
+    if recipe.allowed_licences is None:
+        return
+    data = [{"use": use, **row} for use, rows in sources.items() for row in rows]
+    parents = {role: version.digest for role, version in versions.items()}
+    found = licences_of(registry, {"licence": recipe.licence, "data": data, "parents": parents})
+    if model is not None and isinstance(recipe, SFTRecipe):
+        # registered on the way, without a licence; one that states it is registered by stages.pretrain, mode: load
+        found = replace(found, holdings=(*found.holdings, Holding(None, "model", f"base {recipe.base}", None)))
+    try:
+        refuse(found, recipe.allowed_licences)
+    except UserError as error:
+        raise UserError(f"{recipe.path}: {error}") from None
 
 
 def _ppo_versions(recipe: PPORecipe, registry: Registry) -> dict[str, Version]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from baton.build import ModelSource
 from baton.errors import UserError
+from baton.registry.checks import require_base_in_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ def load_external(source: ModelSource) -> tuple[Any, PreTrainedTokenizerBase]:
             )
             _mark_dense(model)
         else:
+            require_base_in_place(Path(source.path))  # where it is an adapter's folder
             revision = source.revision or "main"
             tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision)
             model, report = loader.from_pretrained(

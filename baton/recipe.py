@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from baton.errors import UserError, nearest
 from baton.ppo_sections import Algorithm, RewardSource, Rollout
-from baton.strict import Fraction, NonNegative, Positive, PositiveFloat, Strict
+from baton.strict import Fraction, NonNegative, Positive, PositiveFloat, Strict, explain
 
 Stage = Literal["world", "pretrain", "sft", "reward", "ppo"]
 R = TypeVar("R", bound="Recipe")
@@ -191,8 +191,8 @@ class Recipe(Strict):
         return self._path.parent
 
     def digest(self) -> str:
-        """sha256 of everything that can change the result: where it runs and where it is kept is left out."""
-        content = self.model_dump(mode="json", exclude={"registry", "run_dir", "processes"})
+        """sha256 of everything that can change the result: where it runs, is kept and may be refused is left out."""
+        content = self.model_dump(mode="json", exclude={"registry", "run_dir", "processes", "allowed_licences"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -218,6 +218,17 @@ class TrainedRecipe(Recipe):
     publish: Publish
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     licence: str | None = None
+    allowed_licences: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _one_licence_an_entry(self) -> Self:
+        from baton.registry.history.licences import check_allowed
+
+        try:
+            check_allowed(self.allowed_licences or [])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @property
     def rows_per_batch(self) -> int:
@@ -369,7 +380,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, kind: type
     try:
         recipe = model.model_validate(content)
     except ValidationError as error:
-        raise UserError(_explain(path, model, error)) from None
+        raise UserError(explain(str(path), model, error)) from None
     recipe._path = path
     return recipe  # type: ignore[return-value]
 
@@ -398,42 +409,3 @@ def _read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     assert isinstance(content, dict)
     return {str(key): item for key, item in content.items()}
-
-
-def _explain(path: Path, model: type[BaseModel], error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        key = ".".join(location)
-        if problem["type"] == "extra_forbidden":
-            valid = _keys_at(model, location[:-1])
-            near = nearest(location[-1], valid, 1)
-            hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(valid)}"
-            lines.append(f"{path}: unknown key {key}; {hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{path}: {key} is missing")
-        elif problem["type"] == "value_error":
-            lines.append(f"{path}: {key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}")
-        else:
-            lines.append(f"{path}: {key} is {problem['input']!r}: {_lower_first(problem['msg'])}")
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _keys_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """The valid keys of the section at `location`."""
-    section: Any = model
-    for part in location:
-        if part.isdigit():
-            continue
-        section = next((found for found in _models_in(section.model_fields[part].annotation)), section)
-    return list(section.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

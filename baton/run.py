@@ -160,6 +160,7 @@ class Run(Generic[T]):
                         "licence": None if recipe else self.recipe.licence,
                         "build_key": None if recipe else self.build_key,
                     },
+                    allowed_licences=self.recipe.allowed_licences,
                 )
                 if self.registry.aliases(target).get(label) != version.number:
                     self.registry.promote(version.ref, label, reason=f"published by stage {self.recipe.stage}")

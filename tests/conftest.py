@@ -133,12 +133,21 @@ class TinyChain:
         return copied
 
     def republished(self, change: Callable[[Path], None]) -> str:
-        """The reference of a new version tiny/changed: tiny/sft with its files changed by `change`."""
-        folder = self.root / "changed"
+        """The reference of a new version tiny/changed: tiny/sft with its files changed by `change`.
+
+        An adapter has its base's tokenizer: one that changes it gets a base changed likewise.
+        """
+        from baton.registry.vocabulary import tokenizer_digest
+
+        folder, base_folder = self.root / "changed", self.root / "changed-base"
+        base = self.registry.by_digest(self.versions["sft"].base)
         self.registry.materialise(self.versions["sft"], folder)
         shutil.rmtree(folder / "base")
         change(folder)
-        base = self.registry.by_digest(self.versions["sft"].base)
+        if tokenizer_digest(folder) != base.manifest["tokenizer_digest"]:
+            self.registry.materialise(base, base_folder)
+            change(base_folder)
+            base = self.registry.publish(base_folder, name="tiny/changed-base", kind="base")
         return str(self.registry.publish(folder, name="tiny/changed", kind="adapter", base=base, details={}).ref)
 
     def launched(self, stage: str, *overrides: str, processes: int = 1) -> list[str]:

@@ -304,7 +304,7 @@ def full_while_publishing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry's disk is full while the files are copied into it."""
     from baton.registry import publish
 
-    def fill(source: Any, target: Path) -> Any:
+    def fill(source: Any, target: Path, written: Any) -> Any:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")

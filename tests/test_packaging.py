@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = ("test", "dev")
+EXTRAS = ("s3", "sign", "ui", "test", "dev")
 
 
 def pins() -> dict[str, str]:
@@ -22,7 +22,14 @@ def pins() -> dict[str, str]:
 def required() -> list[Requirement]:
     extras = PROJECT["project"]["optional-dependencies"]
     texts = PROJECT["project"]["dependencies"] + [text for extra in EXTRAS for text in extras[extra]]
-    return [Requirement(text) for text in texts + PROJECT["build-system"]["requires"]]
+    found = [Requirement(text) for text in texts + PROJECT["build-system"]["requires"]]
+    # `test` asks for the other extras by the project's own name
+    return [requirement for requirement in found if requirement.name != "baton"]
+
+
+def test_the_tests_have_every_optional_library() -> None:
+    (own,) = [text for text in PROJECT["project"]["optional-dependencies"]["test"] if text.startswith("baton[")]
+    assert Requirement(own).extras == set(EXTRAS) - {"test", "dev"}
 
 
 def test_every_dependency_has_a_lower_bound_that_its_pin_meets() -> None:

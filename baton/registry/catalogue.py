@@ -1,18 +1,20 @@
 """The registry as programs see it: open, resolve, publish, materialise, promote, verify."""
 
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
 
 from baton.errors import UserError, nearest
 from baton.registry import manifest as manifests
-from baton.registry import materialise, provenance, records, reference
+from baton.registry import materialise, records, reference
+from baton.registry.care.repair import fsck
 from baton.registry.care.verify import Verification
 from baton.registry.history.lineage import lineage
 from baton.registry.stores import Store, is_url, open_store
 from baton.registry.stores.files import full_disk_is_user_error
-from baton.registry.trust import attestations
+from baton.registry.trust import attestations, promotion
 from baton.registry.trust.attestations import Attestation
 from baton.registry.version import Version
 
@@ -46,11 +48,11 @@ class Registry:
         """32 hex digits that this registry got when it was made."""
         return str(json.loads(self.store.get("registry.json"))["id"])
 
-    def models(self) -> list[str]:
-        """The names of all models, sorted."""
+    def models(self, with_deleted: bool = False) -> list[str]:
+        """The names of all models, sorted; with_deleted: those too whose every version was deleted."""
         teams = self.store.list("models")
         names = [f"{team}/{name}" for team in teams for name in self.store.list(f"models/{team}")]
-        return [name for name in names if self.numbers(name)]
+        return [name for name in names if (self.all_numbers(name) if with_deleted else self.numbers(name))]
 
     def numbers(self, name: str) -> list[int]:
         """The version numbers of a model, ascending, without those that were deleted and without reading any."""
@@ -104,6 +106,9 @@ class Registry:
             for number, record in self.version_records(parsed.name).items():
                 if record["digest"] == parsed.digest:
                     return Version(parsed.name, number, parsed.digest, self)
+            for number, record in self.version_records(parsed.name, with_deleted=True).items():
+                if record["digest"] == parsed.digest:
+                    raise UserError(self._deleted(parsed.name, number))
             raise UserError(f"no version of {parsed.name} has the digest {parsed.digest}.")
         assert parsed.alias is not None
         folder = records.alias_folder(parsed.name, parsed.alias)
@@ -173,11 +178,14 @@ class Registry:
         allowed_licences: SPDX identifiers; another licence of it, its ancestors or its data is refused.
         """
         from baton.registry.publish import publish
+        from baton.registry.trust import policy
 
-        return publish(self, Path(folder), name, kind, base, parents or {}, details or {}, allow_code, allowed_licences)
+        allowed = policy.allowed_licences(self, allowed_licences)
+        return publish(self, Path(folder), name, kind, base, parents or {}, details or {}, allow_code, allowed)
 
     def materialise(self, version: Version, folder: Path | None = None, replay_probe: bool = False) -> Path:
         """A plain, verified folder of the version: in the cache, or in `folder`, absent or empty."""
+        self._check_policy(version)
 
         def replay(found: Path, base_folder: Path | None) -> None:
             if replay_probe:
@@ -198,33 +206,20 @@ class Registry:
 
         if version.base is None:
             raise UserError(f"{version.ref} is of kind {version.kind}: nothing to merge. Get it without --merge.")
+        self._check_policy(version)
         adapter, base = self._cached(version)
         assert base is not None
         return merge(self.store, version, adapter, base, Path(folder))
 
-    def promote(self, ref: str, alias: str, reason: str, by: str | None = None) -> dict[str, Any]:
-        """Make `alias` mean the version; returns the record, which is the last one if it meant it already."""
-        reference.check_alias(alias)
-        if not reason.strip():
-            raise UserError("a promotion needs a reason: say why this version (--reason TEXT).")
-        version = self.resolve(ref)
-        history = self.alias_history(version.name, alias)
-        if history and history[-1]["to"] == version.number:
-            return history[-1]
-        folder = records.alias_folder(version.name, alias)
-        record = {
-            "to": version.number,
-            "previous": history[-1]["to"] if history else None,
-            "reason": reason,
-            "by": by or provenance.user(),
-            "time": provenance.now(),
-        }
-        with full_disk_is_user_error(f"promoting in {self.location} failed"):
-            if not records.write(self.store, folder, len(history) + 1, record):
-                raise UserError(
-                    f"someone moved {version.name}:{alias} meanwhile; look again: `baton show {version.name}:{alias}`."
-                )
-        return record
+    def promote(
+        self, ref: str, alias: str, reason: str, by: str | None = None, gate: Path | None = None
+    ) -> dict[str, Any]:
+        """Make `alias` mean the version, if the gates hold; returns the record, the last one if it meant it already."""
+        return promotion.promote(self, ref, alias, reason, by, gate)
+
+    def rollback(self, target: str, reason: str, by: str | None = None) -> dict[str, Any]:
+        """Make `team/name:alias` mean what it meant before its last promotion; returns the record."""
+        return promotion.rollback(self, target, reason, by)
 
     def attestations(self, version: Version, kind: str | None = None) -> list[Attestation]:
         """What was said of a version since it was published, oldest first; kind: evaluation, approval, …"""
@@ -232,16 +227,16 @@ class Registry:
 
     def verify(self, version: Version, deep: bool = False) -> list[str]:
         """Problems of a version, its files and all its ancestors; empty when there are none."""
+        from baton.registry.trust import policy
+
         check = Verification(self)
         if check.check_manifest(version.digest, version.ref) and deep:
             check.check_probe(version)
-        return check.problems
+        return list(dict.fromkeys([*check.problems, *policy.problems(self, version)]))
 
     def verify_all(self, deep: bool = False) -> list[str]:
         """Problems of everything in the registry; empty when there are none."""
-        check = Verification(self)
-        check.check_everything(deep)
-        return check.problems
+        return [str(problem) for problem in fsck(self, deep=deep).problems]
 
     def lineage(self, version: Version) -> dict[str, Any]:
         """The version with its base, parents and theirs, nested."""
@@ -252,12 +247,16 @@ class Registry:
         from baton.registry.probe import largest_difference
 
         identity = manifests.identity(content)
-        # One by one: a damaged version is not the same, and must not stop others from publishing.
-        for number in reversed(self.numbers(name)):
+        numbers = self.numbers(name)
+        unread = [number for number in numbers if (name, number) not in self._records]
+        # A damaged version is not the same, and must not stop others from publishing.
+        sound = records.read_sound(self.store, records.versions_folder(name), unread, "digest")
+        self._records |= {(name, number): record for number, record in sound.items()}
+        for number in reversed(numbers):
+            record = self._records.get((name, number), {})
+            if record.get("identity") != identity:
+                continue
             try:
-                record = self._record(name, number)
-                if record.get("identity") != identity:
-                    continue
                 version = Version(name, number, record["digest"], self)
                 probe = version.manifest["probe"]
             except UserError:
@@ -295,6 +294,13 @@ class Registry:
         folder = materialise.into_cache(self.store, version.digest, version.manifest, base_folder)
         return folder, base_folder
 
+    def _check_policy(self, version: Version) -> None:
+        # Reading a policy takes pydantic: only where there is one, so that a second look at a version is instant.
+        if self.store.list("policies") or "BATON_POLICY" in os.environ:
+            from baton.registry.trust import policy
+
+            policy.check_loading(self, version)
+
     def _require_model(self, name: str) -> None:
         reference.check_name(name)
         if not self.numbers(name):
@@ -319,11 +325,13 @@ def _open(location: str | Path, create: bool) -> Store:
             raise UserError(f"there is no registry at {location}. Publishing there makes one; or name another.")
         with full_disk_is_user_error(f"making the registry {location} failed"):
             store.require_conditional_writes()
-            store.put_if_absent("registry.json", manifests.canonical({"format": FORMAT, "id": uuid.uuid4().hex}))
+            store.put_if_absent(
+                "registry.json", records.sealed("registry.json", {"format": FORMAT, "id": uuid.uuid4().hex})
+            )
     try:
-        found = json.loads(store.get("registry.json"))["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{location} is not a registry: its registry.json is damaged. Restore it.") from error
+        found = records.unsealed("registry.json", store.get("registry.json"), store.describe("registry.json"))["format"]
+    except (UserError, KeyError) as error:
+        raise UserError(f"{location} is not a registry: its registry.json is damaged ({error}). Restore it.") from error
     if found != FORMAT:
         raise UserError(f"{location} has registry format {found!r}; this Baton reads {FORMAT!r}. Update Baton.")
     return store

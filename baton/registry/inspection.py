@@ -1,24 +1,29 @@
 """Refuse a folder that must not be published, before anything is written."""
 
+import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from baton.errors import UserError
+from baton.registry.checks import ADAPTER_CONFIG, CheckFailed, check_rows, require_base_in_place
 from baton.registry.manifest import is_safe_path
 from baton.registry.pickles import why_pickle
 from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS, KINDS, WHOLE_KINDS, Version
 from baton.registry.vocabulary import read_json, special_tokens, token_ids
-from baton.registry.weights import Tensor, embedding_rows, read_header, read_model
+from baton.registry.weights import HEAD, Tensor, embedding_rows, read_header, read_model
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-HEAD = "score.weight"
+_PLAIN_DATA = ("tokenizer.json", "vocab.json")
+_CODE = (".py", ".pyc", ".pyo", ".so", ".pyd", ".dll", ".dylib")
 
 
-def inspect(folder: Path, kind: str, base: Version | None) -> list[str]:
-    """The relative paths to publish, sorted; raises UserError for everything that must not travel."""
+def inspect(folder: Path, kind: str, base: Version | None, allow_code: bool = False) -> list[str]:
+    """The relative paths to publish, sorted; raises UserError for everything that must not travel.
+
+    allow_code: let `auto_map` and Python files pass; nothing of Baton's ever runs them.
+    """
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}; expected one of {', '.join(KINDS)}.")
     if not folder.is_dir():
@@ -33,14 +38,18 @@ def inspect(folder: Path, kind: str, base: Version | None) -> list[str]:
                 f"{folder / path} is {reason}: loading it can run any code, so it is not published. "
                 "Delete it (training_args.bin, optimizer.pt and the like) or save weights as safetensors."
             )
-        if path.endswith(".json"):
-            _refuse_remote_code(folder / path)
+        if not allow_code:
+            _refuse_code(folder / path)
+    if base is None and ADAPTER_CONFIG in paths and kind in ADAPTER_KINDS:
+        require_base_in_place(folder)
     _check_base(kind, base, is_adapter=ADAPTER_CONFIG in paths)
     if base is not None:
         tensors = _check_adapter(folder, kind, paths)
     else:
-        tensors = _check_classifier(folder, kind) if kind in HEAD_KINDS else _check_whole(folder)
+        tensors = _check_classifier(folder, kind) if kind in HEAD_KINDS else _check_whole(folder, kind)
     _check_vocabulary(folder, tensors, base)
+    if base is None:
+        check_rows(folder, read_json(folder / "config.json"), tensors)
     return paths
 
 
@@ -54,6 +63,8 @@ def _regular_files(folder: Path) -> list[str]:
                 raise UserError(f"{path} is a symbolic link; copy the file it points to and publish again.")
             if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
                 raise UserError(f"{path} is neither a file nor a folder; remove it and publish again.")
+            if stat.S_ISREG(mode) and path.lstat().st_nlink > 1:
+                raise UserError(f"{path} is a hard link, also known under another name; copy it and publish again.")
         paths += [Path(here, name).relative_to(folder).as_posix() for name in files]
     lowered: dict[str, str] = {}
     for name in sorted(paths):
@@ -65,14 +76,41 @@ def _regular_files(folder: Path) -> list[str]:
     return sorted(paths)
 
 
-def _refuse_remote_code(path: Path) -> None:
-    # The tokenizer and large vocabularies are data; only small configuration files can ask for code.
-    if path.name in ("tokenizer.json", "vocab.json") or path.stat().st_size > 4 << 20:
-        return
-    if b'"auto_map"' in path.read_bytes() and read_json(path).get("auto_map"):
+def has_code(folder: Path, paths: list[str]) -> bool:
+    """Whether a folder brings code: files of it, or an `auto_map` that asks a loader to run some."""
+    return any(path.endswith(_CODE) or _asks_for_code(folder / path) for path in paths)
+
+
+def _asks_for_code(path: Path) -> bool:
+    if path.suffix != ".json" or path.name in _PLAIN_DATA:
+        return False
+    data = path.read_bytes()
+    # with an escape, "\\u0061uto_map" is the same key
+    if b"auto_map" not in data and b"\\u" not in data:
+        return False
+    try:
+        return _has_key(json.loads(data), "auto_map")
+    except (ValueError, RecursionError):
+        return False  # what is not JSON, no loader reads
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(_has_key(item, key) for item in value.values())
+    return isinstance(value, list) and any(_has_key(item, key) for item in value)
+
+
+def _refuse_code(path: Path) -> None:
+    if path.name.endswith(_CODE):
+        raise UserError(
+            f"{path} is code. Models travel without it: delete it, or publish with --allow-code, which sends it and "
+            "says so in the manifest; Baton itself never runs it."
+        )
+    if _asks_for_code(path):
         raise UserError(
             f"{path} has auto_map, which runs Python files from the model's folder. Convert the model to an "
-            "architecture of transformers and remove auto_map."
+            "architecture of transformers and remove auto_map, or publish with --allow-code: it then travels, and "
+            "Baton loads it without running it."
         )
 
 
@@ -101,9 +139,10 @@ def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tenso
     tensors = read_header(folder / ADAPTER_WEIGHTS)
     heads = [tensor for name, tensor in tensors.items() if name.endswith(HEAD)]
     if kind in HEAD_KINDS and not heads:
-        raise UserError(
+        raise CheckFailed(
+            "lost-head",
             f"{folder / ADAPTER_WEIGHTS} has no {HEAD}: the {kind} head was not saved and would be random on "
-            'loading. Train with task_type="SEQ_CLS" or modules_to_save=["score"].'
+            'loading. Train with task_type="SEQ_CLS" or modules_to_save=["score"].',
         )
     if kind in HEAD_KINDS and any(head.shape[0] != 1 for head in heads):
         raise UserError(f"{folder / ADAPTER_WEIGHTS}: {HEAD} has shape {heads[0].shape}; expected one row.")
@@ -112,16 +151,26 @@ def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tenso
     return tensors
 
 
-def _check_whole(folder: Path) -> dict[str, Tensor]:
+def _check_whole(folder: Path, kind: str) -> dict[str, Tensor]:
     if (folder / ADAPTER_CONFIG).exists():
         raise UserError(f"{folder} is an adapter; publish it as kind {', '.join(ADAPTER_KINDS)} with its base.")
-    read_json(folder / "config.json")
-    return read_model(folder)
+    settings = read_json(folder / "config.json")
+    tensors = read_model(folder)
+    classes = settings.get("architectures") or []
+    # A merged reward model may be of kind merged: what is called a classifier must have its head, whatever its kind.
+    is_classifier = any(str(name).endswith("ForSequenceClassification") for name in classes)
+    if kind in WHOLE_KINDS and is_classifier and HEAD not in tensors:
+        raise CheckFailed(
+            "lost-head",
+            f"{folder} has no {HEAD}, but config.json names {', '.join(map(str, classes))}: the head was not saved, or "
+            "has another name, and would be random on loading. Save the whole classifier.",
+        )
+    return tensors
 
 
 def _check_classifier(folder: Path, kind: str) -> dict[str, Tensor]:
     """A whole reward or value model: plain transformers must load it with its head, and read it where padding ends."""
-    tensors = _check_whole(folder)
+    tensors = _check_whole(folder, kind)
     settings = read_json(folder / "config.json")
     classes = settings.get("architectures") or []
     if not any(str(name).endswith("ForSequenceClassification") for name in classes):
@@ -130,9 +179,10 @@ def _check_classifier(folder: Path, kind: str) -> dict[str, Tensor]:
             "a base is a sequence classifier with one label (AutoModelForSequenceClassification, save_pretrained)."
         )
     if HEAD not in tensors:
-        raise UserError(
+        raise CheckFailed(
+            "lost-head",
             f"{folder} has no {HEAD}: the {kind} head was not saved, or has another name, and would be random on "
-            f"loading. Kind {kind} without a base needs a decoder's sequence classifier, whose head is `score`."
+            f"loading. Kind {kind} without a base needs a decoder's sequence classifier, whose head is `score`.",
         )
     if tensors[HEAD].shape[0] != 1:
         raise UserError(f"{folder}: {HEAD} has shape {tensors[HEAD].shape}; expected one row (num_labels=1).")
@@ -158,9 +208,10 @@ def _check_vocabulary(folder: Path, tensors: dict[str, Tensor], base: Version | 
     rows = rows_of(folder, tensors, base)
     size = vocabulary_size(token_ids(folder))
     if rows < size:
-        raise UserError(
+        raise CheckFailed(
+            "resized-vocabulary",
             f"{folder}: the embedding has {rows} rows but the tokenizer has {size} tokens. Resize the "
-            "embedding and save it (under LoRA: modules_to_save), or save the tokenizer of the training."
+            "embedding and save it (under LoRA: modules_to_save), or save the tokenizer of the training.",
         )
 
 

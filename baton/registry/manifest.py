@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,6 +33,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "packages": (dict,),
     "metrics": (dict,),
     "licence": (str, _NONE),
+    "licences": (dict,),
     "build_key": (str, _NONE),
     "probe": (dict,),
 }
@@ -97,11 +99,30 @@ def _problems(manifest: Any, data: bytes) -> list[str]:
     for digest in [*digests, *manifest["parents"].values()]:
         if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
             problems.append(f"bad digest {digest!r}")
+    problems += _licence_problems(manifest["licences"])
     problems += _file_problems(manifest["files"])
+    # `get` puts an adapter's base at base/.
+    if not problems and manifest["base"] and any(entry["path"].startswith("base/") for entry in manifest["files"]):
+        problems.append("an adapter with a file in base/")
     # One spelling only: otherwise the same version could have two digests.
-    if not problems and canonical(manifest) != data:
+    if not problems and not _is_canonical(manifest, data):
         problems.append("it is not canonical JSON")
     return problems
+
+
+def _is_canonical(value: Any, data: bytes) -> bool:
+    try:
+        return canonical(value) == data
+    except (ValueError, RecursionError):  # no number, half a character, nested too deeply
+        return False
+
+
+def _licence_problems(licences: dict[str, Any]) -> list[str]:
+    if set(licences) != {"models", "data"}:
+        return [f"field 'licences' has the keys {sorted(licences)}; expected models and data"]
+    if any(type(entries) is not list or any(type(e) is not str for e in entries) for entries in licences.values()):
+        return ["field 'licences' holds something else than lists of licences"]
+    return []
 
 
 def _file_problems(files: list[Any]) -> list[str]:
@@ -113,14 +134,17 @@ def _file_problems(files: list[Any]) -> list[str]:
         path, sha256, size = entry["path"], entry["sha256"], entry["size"]
         if not isinstance(path, str) or not is_safe_path(path):
             return [f"unsafe file path {path!r}"]
-        if path.casefold() in seen:
-            problems.append(f"file {path!r} occurs twice (capitals aside)")
-        seen.add(path.casefold())
+        # as file systems compare names that take capitals, or two spellings of é, for the same
+        key = unicodedata.normalize("NFC", path).casefold()
+        if key in seen:
+            problems.append(f"file {path!r} occurs twice (capitals and accents' spelling aside)")
+        seen.add(key)
         if not isinstance(sha256, str) or not _HEX.fullmatch(sha256):
             problems.append(f"file {path!r} has a bad sha256 {sha256!r}")
         if type(size) is not int or size < 0:
             problems.append(f"file {path!r} has a bad size {size!r}")
-    return problems
+    folders = {str(folder) for path in seen for folder in PurePosixPath(path).parents}
+    return problems + [f"{path!r} is a file and a folder" for path in sorted(seen & folders)]
 
 
 def is_safe_path(path: str) -> bool:

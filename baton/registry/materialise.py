@@ -6,14 +6,19 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from baton.errors import UserError
-from baton.registry.inspection import ADAPTER_CONFIG
+from baton.registry.checks import ADAPTER_CONFIG
 from baton.registry.stores import Store, blob_path
 from baton.registry.stores.files import file_sha256, full_disk_is_user_error, sync_folder
+
+_COPIES_AT_ONCE = 4
+_configs: dict[str, bytes] = {}
+"""Adapters' configurations by sha256, verified: a second look at a version asks an object store for nothing."""
 
 
 def cache_root() -> Path:
@@ -113,12 +118,12 @@ def _move_away(target: Path) -> None:
 
 
 def _write(store: Store, manifest: dict[str, Any], folder: Path, base_folder: Path | None) -> dict[str, str]:
-    expected = {}
-    for entry in manifest["files"]:
-        target = folder / entry["path"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy_blob(store, entry, target)
-        expected[entry["path"]] = entry["sha256"]
+    expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    for path in expected:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(_COPIES_AT_ONCE) as copying:
+        # list: the first of them that raises
+        list(copying.map(lambda entry: copy_blob(store, entry, folder / entry["path"]), manifest["files"]))
     if base_folder is not None:
         config = folder / ADAPTER_CONFIG
         data = _adapter_config(config.read_bytes(), base_folder)
@@ -130,13 +135,20 @@ def _write(store: Store, manifest: dict[str, Any], folder: Path, base_folder: Pa
 def _expected_files(store: Store, manifest: dict[str, Any], base_folder: Path | None) -> dict[str, str]:
     expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     if base_folder is not None:
-        try:
-            data = store.get(blob_path(expected[ADAPTER_CONFIG]))
-        except FileNotFoundError as error:
-            raise _missing(store, ADAPTER_CONFIG, expected[ADAPTER_CONFIG]) from error
-        _require_digest(store, ADAPTER_CONFIG, expected[ADAPTER_CONFIG], hashlib.sha256(data).hexdigest())
+        data = _stored_config(store, expected[ADAPTER_CONFIG])
         expected[ADAPTER_CONFIG] = hashlib.sha256(_adapter_config(data, base_folder)).hexdigest()
     return expected
+
+
+def _stored_config(store: Store, sha256: str) -> bytes:
+    if sha256 not in _configs:
+        try:
+            data = store.get(blob_path(sha256))
+        except FileNotFoundError as error:
+            raise _missing(store, ADAPTER_CONFIG, sha256) from error
+        _require_digest(store, ADAPTER_CONFIG, sha256, hashlib.sha256(data).hexdigest())
+        _configs[sha256] = data
+    return _configs[sha256]
 
 
 def _adapter_config(data: bytes, base_folder: Path) -> bytes:

@@ -5,15 +5,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from baton.errors import UserError
 from baton.registry import probe
-from baton.registry.inspection import HEAD
+from baton.registry.checks import CheckFailed
 from baton.registry.materialise import copy_blob, new_folder
 from baton.registry.stores import Store
 from baton.registry.stores.files import full_disk_is_user_error
 from baton.registry.version import HEAD_KINDS, Version
 from baton.registry.vocabulary import TOKENIZER_FILES
-from baton.registry.weights import Tensor, read_model
+from baton.registry.weights import HEAD, Tensor, read_model
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +22,8 @@ def merge(store: Store, version: Version, adapter: Path, base: Path, target: Pat
     """Merge in float32, prove it by the adapter's probe, cast to the base's dtypes, and save to `target`.
 
     adapter, base: materialised folders. target: absent or empty. A reward or value version becomes a sequence
-    classifier with its head. Raises UserError when merging changes nothing, ProbeMismatch when it gives
-    another model than the adapter on its base.
+    classifier with its head. Raises CheckFailed when merging changes nothing or its result is not saved as it is,
+    ProbeMismatch when it gives another model than the adapter on its base.
     """
     assert version.base is not None, version.kind
     from peft import PeftModel
@@ -38,15 +37,23 @@ def merge(store: Store, version: Version, adapter: Path, base: Path, target: Pat
         pad = version.manifest["vocabulary"]["special_tokens"]["pad"]
         model = probe.load_whole(base, version.kind in HEAD_KINDS, pad)
         before = _fingerprints(model, stored)
-        model = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").merge_and_unload(safe_merge=True)
-        probe.compare(model.eval(), version.manifest["probe"], f"{version.ref}, merged into its base,")
+        tuned = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu")
+        _untie(tuned.get_base_model())
+        model = tuned.merge_and_unload(safe_merge=True)
+        _keep_untied(model)
+        probe.compare(model.eval(), version.manifest["probe"], f"{version.ref}, merged into its base,", "swapped-base")
         # After the cast: in a narrow dtype a small change can round away, and the base would be shipped.
         after = _fingerprints(model, stored)
         if not any(before.get(name) != fingerprint for name, fingerprint in after.items()):
-            raise UserError(f"{version.ref} leaves every weight of its base unchanged: it was not trained.")
+            raise CheckFailed(
+                "unchanged-merge",
+                f"{version.ref} leaves every weight of its base unchanged: it was not trained, or its changes are too "
+                "small for the base's dtype. Train it longer, or hand on the base.",
+            )
         _cast(model, stored)
         model.save_pretrained(folder)
         _require_dtypes(folder, stored)
+        _require_as_saved(folder, version, after, stored)
         for entry in version.manifest["files"]:
             if entry["path"] in TOKENIZER_FILES:
                 copy_blob(store, entry, folder / entry["path"])
@@ -80,8 +87,37 @@ def _cast(model: "torch.nn.Module", stored: dict[str, Tensor]) -> None:
     config.dtype = Counter(parameter.dtype for parameter in model.parameters()).most_common(1)[0][0]
 
 
+def _untie(model: Any) -> None:
+    # LoRA on a tied embedding changes the input side alone; merged into the shared weight it would change the head.
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if hasattr(embedding, "lora_embedding_A") and head is not None and head.weight is embedding.weight:
+        import torch
+
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def _keep_untied(model: Any) -> None:
+    # An adapter with an embedding of its own leaves the head on the base's: tied again, it would be another model.
+    head = model.get_output_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+
+
+def _require_as_saved(folder: Path, version: Version, merged: dict[str, bytes], stored: dict[str, Tensor]) -> None:
+    """What was saved must load as what was merged and proved; raises CheckFailed."""
+    saved = probe.load_whole(folder, None, version.manifest["vocabulary"]["special_tokens"]["pad"])
+    found = _fingerprints(saved, stored)
+    wrong = sorted(name for name in merged.keys() | found.keys() if merged.get(name) != found.get(name))
+    if wrong:
+        raise CheckFailed(
+            "probe",
+            f"{version.ref}, merged and saved, loads with another {wrong[0]} than it was merged with; nothing is "
+            "written. Load the adapter on its base instead.",
+        )
+
+
 def _require_dtypes(folder: Path, stored: dict[str, Tensor]) -> None:
     for name, tensor in read_model(folder).items():
         wanted = str(_stored_dtype(name, stored)).removeprefix("torch.")
         assert tensor.dtype == wanted, f"{name} was saved as {tensor.dtype}, not {wanted}"
-        assert name in stored or name == HEAD, f"{name} is not a tensor of the base"
+        assert name in stored or name in (HEAD, "lm_head.weight"), f"{name} is not a tensor of the base"

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.errors import UserError
-from baton.registry.inspection import ADAPTER_WEIGHTS, HEAD
+from baton.registry import probe_process
+from baton.registry.checks import CheckFailed
+from baton.registry.inspection import ADAPTER_WEIGHTS
 from baton.registry.version import HEAD_KINDS
-from baton.registry.weights import read_header, read_model
+from baton.registry.weights import HEAD, read_header, read_model
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +25,27 @@ SEQUENCES, LENGTH, LOGITS = 2, 16, 32
 ATOL = RTOL = 1e-3
 
 
-class ProbeMismatch(UserError):
-    """A materialised version does not give the outputs that its manifest records."""
+class ProbeMismatch(CheckFailed):
+    """A materialised version does not load whole, or does not give the outputs that its manifest records."""
+
+    def __init__(self, message: str, check: str = "probe") -> None:
+        """check: `swapped-base` or `lost-head` where it is plain which of them it was."""
+        super().__init__(check, message)
 
 
 def record(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[str, Any]) -> dict[str, Any]:
+    """As `compute`, in a process that never held the model: nothing but the files can have made the outputs."""
+    request = {
+        "folder": str(folder.absolute()),
+        "base_folder": str(base_folder.absolute()) if base_folder else None,
+        "kind": kind,
+        "vocabulary": vocabulary,
+    }
+    recorded: dict[str, Any] = probe_process.ask(request)["probe"]
+    return recorded
+
+
+def compute(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[str, Any]) -> dict[str, Any]:
     """Load what was written and note its outputs; `vocabulary` is the manifest's."""
     size = vocabulary["size"]
     special = vocabulary["special_tokens"]
@@ -52,19 +70,23 @@ def record(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[s
 def replay(folder: Path, base_folder: Path | None, manifest: dict[str, Any]) -> None:
     """Load a materialised version and compare; raises ProbeMismatch with the largest difference."""
     model = load(folder, base_folder, manifest["kind"], manifest["vocabulary"]["special_tokens"]["pad"])
-    compare(model, manifest["probe"], str(folder))
+    compare(model, manifest["probe"], str(folder), "swapped-base" if manifest["base"] else "probe")
 
 
-def compare(model: "torch.nn.Module", probe: dict[str, Any], what: str) -> None:
-    """Compare a float32 model's outputs with a probe's; `what` begins the message of a mismatch."""
+def compare(model: "torch.nn.Module", probe: dict[str, Any], what: str, check: str = "probe") -> None:
+    """Compare a float32 model's outputs with a probe's; `what` begins the message of a mismatch, `check` names it."""
     if (probe["output"] == "score") != is_scorer(model):
-        raise ProbeMismatch(f"{what} should give a {probe['output']}, but {type(model).__name__} does not.")
+        raise ProbeMismatch(
+            f"{what} should give a {probe['output']}, but {type(model).__name__} does not.",
+            "lost-head" if probe["output"] == "score" else check,
+        )
     difference = largest_difference(outputs(model, probe), probe)
     if difference is not None:
         raise ProbeMismatch(
             f"{what} loads but is not the model that was published: its {probe['output']} differ "
             f"from the probe by up to {difference:.4g} (allowed {probe['atol']} + {probe['rtol']} × value). "
-            "Its base was swapped, its head lost, or it sits on another model. Get it again."
+            "Its base was swapped, its head lost, or it sits on another model. Get it again.",
+            check,
         )
 
 
@@ -119,7 +141,9 @@ def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | 
     if kind in HEAD_KINDS:
         stored = read_model(folder) if base_folder is None else read_header(folder / ADAPTER_WEIGHTS)
         if not any(name.endswith(HEAD) for name in stored):
-            raise ProbeMismatch(f"{folder} has lost its {HEAD}; the head would be random.")
+            raise ProbeMismatch(f"{folder} has lost its {HEAD}; the head would be random.", "lost-head")
+    if base_folder is not None and not base_folder.is_dir():
+        raise ProbeMismatch(f"{folder}: its base {base_folder} is not there. Get the version again.", "moved-base")
     with quiet_loading() as caught:
         try:
             if base_folder is not None:
@@ -132,11 +156,12 @@ def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | 
             # Any class may come out of a strange folder; the machine's own troubles are no mismatch.
             if isinstance(error, (UserError, MemoryError)) or getattr(error, "errno", None):
                 raise
-            raise ProbeMismatch(f"{folder} does not load: {error}") from error
+            check = "swapped-base" if base_folder is not None else "probe"
+            raise ProbeMismatch(f"{folder} does not load: {error}{_without_code(folder)}", check) from error
     for warning in caught:
         # PEFT only warns when an adapter does not fit its base, and goes on with random weights.
         if "missing adapter keys" in str(warning.message).lower():
-            raise ProbeMismatch(f"{folder} does not fit its base: {warning.message}")
+            raise ProbeMismatch(f"{folder} does not fit its base: {warning.message}", "swapped-base")
     return model.float().eval()
 
 
@@ -145,10 +170,11 @@ def load_whole(folder: Path, with_head: bool | None, pad_token_id: int | None) -
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Never the folder's own code, and never a question about it: what it computes would be for it to say.
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     is_saved_scorer = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     arguments: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
-    arguments["output_loading_info"] = True
+    arguments |= {"output_loading_info": True, "trust_remote_code": False}
     loader: Any = AutoModelForCausalLM
     if with_head or (with_head is None and is_saved_scorer):
         # Set before loading: without it the model cannot pool, and generation would take eos for padding.
@@ -162,6 +188,11 @@ def load_whole(folder: Path, with_head: bool | None, pad_token_id: int | None) -
     if missing:
         raise ProbeMismatch(f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}; save the model again.")
     return model
+
+
+def _without_code(folder: Path) -> str:
+    brings_code = any(b"auto_map" in path.read_bytes() for path in folder.glob("*config.json"))
+    return " (Baton loads it without running the Python files that it brings.)" if brings_code else ""
 
 
 def _input_ids(size: int, avoid: set[int | None]) -> list[list[int]]:

@@ -1,30 +1,30 @@
 """Publish a folder: inspect, write aside, probe what was written, then make it appear at once."""
 
-import json
-import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from baton.errors import UserError
 from baton.registry import manifest as manifests
-from baton.registry import probe, provenance, records, vocabulary, weights
-from baton.registry.inspection import ADAPTER_CONFIG, ADAPTER_WEIGHTS, inspect, rows_of, vocabulary_size
+from baton.registry import probe, probe_process, provenance, records, vocabulary, weights
+from baton.registry.care.leases import lease
+from baton.registry.checks import check_adapter_against_base, check_merged, check_tokenizer
+from baton.registry.failpoints import step
+from baton.registry.history import licences
+from baton.registry.inspection import ADAPTER_WEIGHTS, has_code, inspect, rows_of, vocabulary_size
+from baton.registry.local_paths import without_local_paths
 from baton.registry.reference import check_name
 from baton.registry.stores.files import full_disk_is_user_error, write_hashed
-from baton.registry.version import HEAD_KINDS, Version
+from baton.registry.version import HEAD_KINDS, WHOLE_KINDS, Version
 
 if TYPE_CHECKING:
     from baton.registry.catalogue import Registry
 
 DETAILS = {"data", "recipe", "metrics", "licence", "build_key", "code", "packages"}
-_PATH_KEYS = (
-    "_name_or_path",
-    "name_or_path",
-    "tokenizer_file",
-    "vocab_file",
-    "merges_file",
-    "best_model_checkpoint",
-)
+_WORTH_OVERLAPPING = 64 << 20  # bytes; less is copied before another process has even started
+_COPIES_AT_ONCE = 4
 
 
 def publish(
@@ -41,24 +41,40 @@ def publish(
     """Publish `folder` as the next version of `name`; the same content again gives the existing version."""
     check_name(name)
     assert set(details) <= DETAILS, f"unknown details: {set(details) - DETAILS}"
-    paths = inspect(folder, kind, base)
-    for version in [*parents.values(), *([base] if base else [])]:
-        registry.read_manifest(version.digest)  # an ancestor of another registry would break the lineage
-    base_folder = registry.materialise(base) if base else None
+    paths = inspect(folder, kind, base, allow_code)
+    if sum((folder / path).stat().st_size for path in paths) > _WORTH_OVERLAPPING:
+        probe_process.start()  # it imports torch while the files are copied
+    ancestors = {version.digest for version in [*parents.values(), *([base] if base else [])]}
     with (
         full_disk_is_user_error(f"publishing {name} to {registry.location} failed"),
+        lease(registry.store, f"publish {name}", ancestors) as held,
         registry.store.workspace() as aside,
+        ThreadPoolExecutor(_COPIES_AT_ONCE) as copying,
     ):
-        files = _copy(folder, paths, aside, base)
-        content = _describe(aside, kind, files, base)
-        content |= _circumstances(parents, details)
+        step("publish", "1-lease-taken")
+        for digest in sorted(ancestors):
+            registry.read_manifest(digest)  # an ancestor of another registry would break the lineage
+        circumstances = _circumstances(registry, base, parents, details, allowed_licences)
+        base_folder = registry.materialise(base) if base else None
+        copies = {path: _start_copy(copying, folder, path, aside, base) for path in paths}
+        for copy in copies.values():
+            copy.wait()
+        # What follows reads what was written, while its hashing and the disk are still at it.
+        content = _describe(aside, kind, base) | circumstances
+        if has_code(aside, paths):
+            content["architecture"]["remote_code"] = True
+        _check_against_ancestors(registry, folder, content, base, parents, base_folder)
         content["probe"] = probe.record(aside, base_folder, kind, content["vocabulary"])
+        content["files"] = _files(copies, base)
+        step("publish", "3-probe-recorded")
+        held.add([*(entry["sha256"] for entry in content["files"]), manifests.digest_of(manifests.canonical(content))])
         existing = registry.find_same(name, content)
         if existing:
             return existing
-        for entry in files:
-            if (aside / entry["path"]).exists():
+        for entry in content["files"]:
+            if entry["path"] in copies:
                 registry.store.put_blob(aside / entry["path"], entry["sha256"])
+                step("publish", "4-blob-stored")
         return _commit(registry, name, content)
 
 
@@ -68,6 +84,7 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
     stored = manifests.parse(data, digest, "the new manifest")
     registry.store.put_if_absent(manifests.manifest_path(digest), data)
     registry.read_manifest(digest)  # an older copy under that name may have been damaged since
+    step("publish", "5-manifest-stored")
     record = {
         "digest": digest,
         "kind": stored["kind"],
@@ -84,16 +101,41 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
         # A number that was just refused is taken, even where NFS still lists the folder without it.
         number = max([number, *registry.all_numbers(name)]) + 1
         if records.write(registry.store, folder, number, {"number": number, **record}):
+            step("publish", "6-version-recorded")
             return Version(name, number, digest, registry)
 
 
-def _copy(folder: Path, paths: list[str], aside: Path, base: Version | None) -> list[dict[str, Any]]:
-    files = {}
-    for path in paths:
-        source: Path | bytes = folder / path
-        rewritten = without_local_paths(folder / path, base)
-        sha256, size = write_hashed(source if rewritten is None else rewritten, aside / path)
-        files[path] = {"path": path, "sha256": sha256, "size": size}
+@dataclass(frozen=True)
+class _Copy:
+    """A file on its way into the workspace."""
+
+    path: str
+    written: threading.Event
+    result: "Future[tuple[str, int]]"
+
+    def wait(self) -> None:
+        """Until its bytes can be read there; raises what kept them from it."""
+        self.result.add_done_callback(lambda _: self.written.set())
+        self.written.wait()
+        if self.result.done():
+            self.result.result()
+        step("publish", "2-file-copied")
+
+    def entry(self) -> dict[str, Any]:
+        """As in a manifest's `files`, when it is hashed and on the disk."""
+        sha256, size = self.result.result()
+        return {"path": self.path, "sha256": sha256, "size": size}
+
+
+def _start_copy(copying: ThreadPoolExecutor, folder: Path, path: str, aside: Path, base: Version | None) -> _Copy:
+    rewritten = without_local_paths(folder / path, base)
+    written = threading.Event()
+    source = folder / path if rewritten is None else rewritten
+    return _Copy(path, written, copying.submit(write_hashed, source, aside / path, written))
+
+
+def _files(copies: dict[str, _Copy], base: Version | None) -> list[dict[str, Any]]:
+    files = {path: copy.entry() for path, copy in copies.items()}
     if base and "tokenizer.json" not in files:
         # Its blobs are in the store already: the version then loads complete, with the base's tokenizer.
         inherited = {e["path"]: e for e in base.manifest["files"] if e["path"] in vocabulary.TOKENIZER_FILES}
@@ -101,53 +143,35 @@ def _copy(folder: Path, paths: list[str], aside: Path, base: Version | None) -> 
     return [files[path] for path in sorted(files)]
 
 
-def without_local_paths(path: Path, base: Version | None) -> bytes | None:
-    """The file's bytes without this machine's paths, an adapter's base by digest; None: keep it as it is."""
-    if path.name == "README.md":
-        return _model_card(path, base)
-    if path.suffix != ".json" or path.name in ("tokenizer.json", "vocab.json") or path.stat().st_size > 4 << 20:
-        return None
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError:
-        return None
-    if not isinstance(settings, dict):
-        return None
-    changed = {key: value for key, value in settings.items() if not (key in _PATH_KEYS and _is_local(value))}
-    if path.name == ADAPTER_CONFIG and base:
-        changed |= {"base_model_name_or_path": f"baton:{base.digest}", "revision": None}
-        # PEFT writes sets, whose order changes from process to process: one adapter would get two digests.
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(changed.get(key), list):
-                changed[key] = sorted(changed[key])
-    if changed == settings:
-        return None
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+def _check_against_ancestors(
+    registry: "Registry",
+    folder: Path,
+    content: dict[str, Any],
+    base: Version | None,
+    parents: dict[str, Version],
+    base_folder: Path | None,
+) -> None:
+    if base is not None and base_folder is not None:
+        tensors = weights.read_header(folder / ADAPTER_WEIGHTS)
+        check_adapter_against_base(folder, tensors, base, base_folder)
+        check_tokenizer(folder, content["tokenizer_digest"], tensors, base)
+    if content["kind"] != "merged":
+        return
+    # What it was merged into: a parent that is whole, and the base of one that is an adapter. A policy's reward model
+    # may sit on another base.
+    models = [parent for parent in parents.values() if parent.kind not in HEAD_KINDS] or list(parents.values())
+    for digest, parent in sorted({parent.base or parent.digest: parent for parent in models}.items()):
+        whole = registry.by_digest(digest) if parent.base else parent
+        if whole.kind in WHOLE_KINDS:
+            check_merged(folder, content["tokenizer_digest"], whole, registry.materialise(whole))
 
 
-def _model_card(path: Path, base: Version | None) -> bytes | None:
-    text = card = path.read_text("utf-8", errors="replace")
-    for name, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), ("config.json", "_name_or_path")):
-        settings = vocabulary.read_json(path.parent / name) if (path.parent / name).is_file() else {}
-        named = settings.get(key)
-        if _is_local(named):
-            card = card.replace(named, f"baton:{base.digest}" if base else f"…/{Path(named).name}")
-    card = card.replace(str(path.parent.absolute()), f"…/{path.parent.name}")
-    return None if card == text else card.encode("utf-8")
-
-
-def _is_local(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and (os.path.isabs(value) or value[:1] in (".", "~") or os.path.exists(value))
-
-
-def _describe(aside: Path, kind: str, files: list[dict[str, Any]], base: Version | None) -> dict[str, Any]:
+def _describe(aside: Path, kind: str, base: Version | None) -> dict[str, Any]:
     tensors = weights.read_header(aside / ADAPTER_WEIGHTS) if base else weights.read_model(aside)
     described: dict[str, Any] = {
         "format": manifests.FORMAT,
         "kind": kind,
-        "files": files,
         "dtype": weights.dtype_of(tensors),
-        "base": base.digest if base else None,
         "architecture": _architecture(aside, kind, base) | {"num_parameters": weights.num_parameters(tensors)},
     }
     if not (aside / "tokenizer.json").exists():
@@ -188,11 +212,18 @@ def _architecture(aside: Path, kind: str, base: Version | None) -> dict[str, Any
     }
 
 
-def _circumstances(parents: dict[str, Version], details: dict[str, Any]) -> dict[str, Any]:
+def _circumstances(
+    registry: "Registry",
+    base: Version | None,
+    parents: dict[str, Version],
+    details: dict[str, Any],
+    allowed_licences: list[str] | None,
+) -> dict[str, Any]:
     details = manifests.storable(details)
     if any(not role for role in parents):
         raise UserError("a parent needs a role, such as sft=team/name:3.")
-    return {
+    content: dict[str, Any] = {
+        "base": base.digest if base else None,
         "parents": {role: parent.digest for role, parent in parents.items()},
         "data": details.get("data") or [],
         "recipe": details.get("recipe") or {},
@@ -202,3 +233,8 @@ def _circumstances(parents: dict[str, Version], details: dict[str, Any]) -> dict
         "code": details.get("code") or provenance.code_state(),
         "packages": details.get("packages") or provenance.package_versions(),
     }
+    if allowed_licences is not None:
+        licences.refuse(licences.licences_of(registry, content), allowed_licences)
+    ancestors = [version.manifest for version in [*parents.values(), *([base] if base else [])]]
+    content["licences"] = licences.gather(content["licence"], ancestors, content["data"])
+    return content

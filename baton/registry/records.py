@@ -1,17 +1,23 @@
-"""The numbered records of a model: its versions, what was deleted, and each alias with its history."""
+"""The numbered records of a model: its versions, what was deleted, and each alias with its history.
+
+Blobs and manifests are named after their content; a record is not, so it carries `sha256` over the rest of it and over
+its place: neither a flipped bit nor another record put there passes for what was written.
+"""
 
 import json
 import re
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from baton.errors import UserError
-from baton.registry.manifest import canonical
+from baton.registry.manifest import canonical, digest_of
 from baton.registry.reference import check_alias
 from baton.registry.stores import Store
 
 _RECORD = re.compile(r"([0-9]{7})\.json")
-_FIELD_TYPES = {"digest": str, "to": int, "why": str}
+_FIELD_TYPES = {"digest": str, "to": int, "why": str, "policy": dict}
+_RESTORE = "Restore it from a backup, or by `baton fsck --from REGISTRY`."
 
 
 def versions_folder(name: str) -> str:
@@ -40,7 +46,7 @@ def numbers(store: Store, folder: str) -> list[int]:
 
 
 def read(store: Store, folder: str, number: int, field: str) -> dict[str, Any]:
-    """One record, which must have `field` (digest, to or why); raises UserError that names a damaged one."""
+    """One record, which must have `field` (digest, to, why or policy); raises UserError that names a damaged one."""
     path = record_path(folder, number)
     try:
         return parse(store, path, store.get(path), field)
@@ -50,13 +56,38 @@ def read(store: Store, folder: str, number: int, field: str) -> dict[str, Any]:
 
 def parse(store: Store, path: str, data: bytes, field: str) -> dict[str, Any]:
     """A record from its bytes; raises UserError that names a damaged one."""
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{store.describe(path)} is damaged: not JSON ({error}). Restore it from a backup.") from error
-    if not isinstance(record, dict) or not isinstance(record.get(field), _FIELD_TYPES[field]):
+    record = unsealed(path, data, store.describe(path))
+    if type(record.get(field)) is not _FIELD_TYPES[field]:
         raise UserError(f"{store.describe(path)} is damaged: no field {field!r}. Restore it from a backup.")
     return record
+
+
+def sealed(path: str, record: dict[str, Any]) -> bytes:
+    """A record's bytes as they are stored at `path`: canonical JSON with `sha256` over the path and all the rest."""
+    assert "sha256" not in record
+    return canonical({**record, "sha256": _seal(path, record)})
+
+
+def unsealed(path: str, data: bytes, where: str) -> dict[str, Any]:
+    """The record that `sealed` made for `path`, without its `sha256`; raises UserError that names `where`."""
+    try:
+        record = json.loads(data)
+        is_sound = isinstance(record, dict) and canonical(record) == data
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: not JSON ({error}). {_RESTORE}") from error
+    if not is_sound:
+        raise UserError(f"{where} is damaged: not a record in canonical JSON. {_RESTORE}")
+    expected = record.pop("sha256", None)
+    found = _seal(path, record)
+    if expected != found:
+        raise UserError(
+            f"{where} is damaged, or belongs elsewhere: expected sha256:{expected}, found sha256:{found}. {_RESTORE}"
+        )
+    return record
+
+
+def _seal(path: str, record: dict[str, Any]) -> str:
+    return digest_of(canonical({"path": path, "record": record})).removeprefix("sha256:")
 
 
 def read_all(store: Store, folder: str, wanted: list[int], field: str) -> dict[int, dict[str, Any]]:
@@ -69,10 +100,21 @@ def read_all(store: Store, folder: str, wanted: list[int], field: str) -> dict[i
     return {number: parse(store, path, found[path], field) for number, path in paths.items()}
 
 
+def read_sound(store: Store, folder: str, wanted: list[int], field: str) -> dict[int, dict[str, Any]]:
+    """As `read_all`, without the records that are missing or damaged."""
+    paths = {record_path(folder, number): number for number in wanted}
+    found = {}
+    for path, data in store.get_many(list(paths)).items():
+        with suppress(UserError):
+            found[paths[path]] = parse(store, path, data, field)
+    return found
+
+
 def write(store: Store, folder: str, number: int, record: dict[str, Any]) -> bool:
     """Write record `number` unless it exists; True when this call wrote it."""
     # The nonce tells a writer whose answer was lost that the record it then finds is its own.
-    return store.put_if_absent(record_path(folder, number), canonical({**record, "nonce": uuid.uuid4().hex}))
+    path = record_path(folder, number)
+    return store.put_if_absent(path, sealed(path, {**record, "nonce": uuid.uuid4().hex}))
 
 
 def alias_names(store: Store, name: str) -> list[str]:

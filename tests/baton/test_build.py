@@ -164,6 +164,30 @@ def test_registering_a_base_takes_no_registry_reference(chain: Any) -> None:
         resolve_inputs(recipe, chain.registry)
 
 
+def test_a_licence_outside_the_allow_list_stops_a_stage_before_it_trains(chain: Any) -> None:
+    allowed = ["allowed_licences=[CC0-1.0, mit]", "licence=MIT", "data.eval=[]", "data.questions=[]"]
+    train = "data.train=[{{path: world/dialogues.jsonl, licence: {}}}]"
+    recipe = chain.recipe("sft", *allowed, train.format("CC-BY-NC-4.0"))
+    with pytest.raises(UserError, match=r"sft.yaml: licences outside the allowed ones \(CC0-1.0, mit\)") as caught:
+        resolve_inputs(recipe, chain.registry)
+    # tiny/base states cc0-1.0 for itself and its training text, and nothing for the texts that it was measured on
+    assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == [
+        "data world/dialogues.jsonl (train) has CC-BY-NC-4.0",
+        "data world/text_eval.jsonl (eval) of tiny/base:1 states no licence",
+        "data world/questions.jsonl (questions) of tiny/base:1 states no licence",
+    ]
+    allowed[0] = "allowed_licences=[CC0-1.0, mit, unknown]"
+    assert resolve_inputs(chain.recipe("sft", *allowed, train.format("mit")), chain.registry).versions
+
+
+def test_a_base_from_outside_states_no_licence(chain: Any) -> None:
+    sources = "data={train: [{path: world/dialogues.jsonl, licence: mit}]}"
+    words = ["base=org/model@abc", "licence=mit", sources]
+    with pytest.raises(UserError, match="base org/model@abc states no licence"):
+        resolve_inputs(chain.recipe("sft", *words, "allowed_licences=[MIT]"), chain.registry)
+    assert resolve_inputs(chain.recipe("sft", *words, "allowed_licences=[MIT, unknown]"), chain.registry).model
+
+
 def change_template(folder: Path) -> None:
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text() + "{# another #}")

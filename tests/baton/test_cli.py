@@ -42,7 +42,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 def test_every_command_is_there(tmp_path: Path) -> None:
     text = shell("--help", folder=tmp_path).stdout
-    for command in ("run", "chat", "generate", "score", "list", "show", "log", "verify", "get", "publish", "promote"):
+    registry = ("list", "show", "log", "diff", "children", "verify", "get", "publish", "promote")
+    for command in ("run", "chat", "generate", "score", *registry):
         assert f" {command} " in text
 
 

@@ -245,6 +245,13 @@ def test_overrides_reach_nested_keys_and_whole_lists(folder: Path) -> None:
     assert recipe.publish.name == "t/other"
 
 
+def test_an_allow_list_has_one_licence_an_entry(folder: Path) -> None:
+    assert load_recipe(folder / "sft.yaml", ["allowed_licences=[mit, unknown]"]).allowed_licences == ["mit", "unknown"]  # type: ignore[attr-defined]
+    assert "'MIT OR Apache-2.0' is not one licence" in refusal(
+        folder / "sft.yaml", "allowed_licences=[MIT OR Apache-2.0]"
+    )
+
+
 @pytest.mark.parametrize("override", ["train.steps", "--train.steps=3", "=3"])
 def test_an_override_that_is_no_assignment(folder: Path, override: str) -> None:
     assert "is not key=value" in refusal(folder / "sft.yaml", override)
@@ -319,5 +326,6 @@ def test_the_digest_leaves_out_where_it_runs(folder: Path, tmp_path: Path) -> No
     elsewhere.mkdir()
     moved = elsewhere / "renamed.yaml"
     moved.write_text("# a comment\n" + (folder / "sft.yaml").read_text())
-    assert load_recipe(moved, ["registry=/r", "run_dir=/d", "processes=4"]).digest() == before
+    changed = ["registry=/r", "run_dir=/d", "processes=4", "allowed_licences=[MIT]"]
+    assert load_recipe(moved, changed).digest() == before
     assert load_recipe(moved, ["lora.alpha=32", "train.seed=0"]).digest() == before, "a default that is written out"

@@ -2,10 +2,10 @@
 
 import typer
 
-from baton.registry.commands import browse, decide, handover, upkeep
+from baton.registry.commands import browse, decide, handover, page, upkeep
 
 
 def register(app: typer.Typer) -> None:
     """Add the registry's commands to `app`."""
-    for module in (browse, handover, decide, upkeep):
+    for module in (browse, handover, decide, upkeep, page):
         module.register(app)

@@ -3,15 +3,22 @@
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import stat
+import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from baton.errors import UserError
 
 CHUNK_BYTES = 4 << 20
+CHUNKS_AHEAD = 4
+"""How many chunks the writing may be ahead of the hashing: what a copy holds in memory, whatever its size."""
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _FICLONE = 0x40049409  # Linux: share a file's extents until one side is written
 
@@ -22,44 +29,52 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_hashed(source: Path | bytes, target: Path) -> tuple[str, int]:
-    """Write a new file from a file or bytes, synced to disk; returns (hex digest, bytes)."""
+def write_hashed(source: Path | bytes, target: Path, written: threading.Event | None = None) -> tuple[str, int]:
+    """Write a new file from a file or bytes, synced to disk; returns (hex digest, bytes) of what was written.
+
+    written: set as soon as the bytes can be read at `target`, which is before they are hashed and on the disk.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
     with open(target, "xb") as out:
-        for chunk in _chunks(source):
-            out.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        out.flush()
+        if isinstance(source, bytes):
+            found = _copy_hashing(io.BytesIO(source), out, written)
+        else:
+            # O_NOFOLLOW: the folder was checked for links, and must not gain one in between.
+            descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            with os.fdopen(descriptor, "rb", buffering=0) as file:
+                assert stat.S_ISREG(os.fstat(descriptor).st_mode), source
+                found = _copy_hashing(file, out, written)
+        # the file's bytes and size; nobody relies on its times
         os.fsync(out.fileno())
+    return found
+
+
+def _copy_hashing(source: BinaryIO | io.RawIOBase, out: BinaryIO, written: threading.Event | None) -> tuple[str, int]:
+    """Copy to an empty file, by reflink where the file system can; a second thread hashes beside the writing."""
+    digest, size = hashlib.sha256(), 0
+    if isinstance(source, io.FileIO) and _reflink(out.fileno(), source.fileno()):
+        if written:
+            written.set()
+        return file_sha256(Path(out.name)), os.fstat(out.fileno()).st_size
+    with ThreadPoolExecutor(1) as hashing:
+        # At most these chunks are in memory, however large the file: (bytes, the hashing of it).
+        waiting: deque[Future[None]] = deque()
+        while chunk := source.read(CHUNK_BYTES):
+            waiting.append(hashing.submit(digest.update, chunk))
+            out.write(chunk)
+            size += len(chunk)
+            if len(waiting) > CHUNKS_AHEAD:
+                waiting.popleft().result()
+        out.flush()
+        if written:
+            written.set()
     return digest.hexdigest(), size
-
-
-def _chunks(source: Path | bytes) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        yield source
-        return
-    # O_NOFOLLOW: the folder was checked for links, and must not gain one in between.
-    descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with os.fdopen(descriptor, "rb") as file:
-        assert stat.S_ISREG(os.fstat(descriptor).st_mode), source
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
 
 
 def clone_or_copy(source: Path, target: Path) -> str:
     """Reflink or copy a file to a new one, synced, never linked; returns the hex digest of what was written."""
-    digest = hashlib.sha256()
-    with open(source, "rb") as blob, open(target, "xb") as out:
-        if _reflink(out.fileno(), blob.fileno()):
-            found = file_sha256(target)
-        else:
-            while chunk := blob.read(CHUNK_BYTES):
-                digest.update(chunk)
-                out.write(chunk)
-            found = digest.hexdigest()
-        out.flush()
+    with open(source, "rb", buffering=0) as blob, open(target, "xb") as out:
+        found, _ = _copy_hashing(blob, out, None)
         os.fsync(out.fileno())  # a stamp must not outlive the content that it vouches for
     return found
 

@@ -53,6 +53,9 @@ class Store(ABC):
     def walk(self, folder: str) -> Iterator[Entry]:
         """Every file at any depth under `folder`, sorted by path."""
 
+    def see_latest(self, folder: str) -> None:
+        """Make the next listing of `folder` complete, where a client remembers listings for a while, as NFS's does."""
+
     @abstractmethod
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write `path` durably and at once, unless it exists. True when this call wrote it.

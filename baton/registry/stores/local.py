@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,7 +60,7 @@ class LocalStore(Store):
             status = self.path(path).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Entry(path, status.st_size, status.st_mtime)
+        return None if stat.S_ISDIR(status.st_mode) else Entry(path, status.st_size, status.st_mtime)
 
     def list(self, folder: str) -> list[str]:
         """The names directly under `folder`, sorted; empty when there is no such folder."""
@@ -77,6 +78,12 @@ class LocalStore(Store):
             elif entry := self.stat(path):
                 yield entry
 
+    def see_latest(self, folder: str) -> None:
+        """Touch a folder: an NFS client then asks the server for it, where it would remember a listing for a minute."""
+        # Absent, or somebody's who may only read: what hangs on the latest state, writes.
+        with suppress(OSError):
+            os.utime(self.path(folder))
+
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Write `path` durably and at once, unless it exists. True when this call wrote it."""
         aside = self.path(f"tmp/{uuid.uuid4().hex}")
@@ -87,7 +94,7 @@ class LocalStore(Store):
                 file.flush()
                 os.fsync(file.fileno())
             aside.chmod(0o444)
-            return self._link(aside, self.path(path))
+            return self._link(aside, self.path(path)) or self.get_many([path]).get(path) == data
         finally:
             aside.unlink(missing_ok=True)
 
@@ -116,7 +123,13 @@ class LocalStore(Store):
     def delete(self, path: str) -> None:
         """Remove a file; nothing happens when it is not there."""
         target = self.path(path)
-        target.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.unlink()
+        # Work in progress has folders of its own, which nobody but its maker writes to.
+        while path.count("/") > 1 and path.startswith("tmp/"):
+            path = path.rpartition("/")[0]
+            with suppress(OSError):
+                self.path(path).rmdir()
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:

@@ -36,12 +36,25 @@ def folder_of(subject: str) -> str:
 def attest(registry: "Registry", subject: str, kind: str, body: dict[str, Any], by: str | None = None) -> Attestation:
     """Say something of a version (`subject`: its manifest digest); kind: one of `TYPES`."""
     assert kind in TYPES, kind
+    by = provenance.user() if by is None else by.strip()
+    check_who(by)
     registry.manifest(subject)  # nothing is said of what is not there
-    record = {"type": kind, "subject": subject, "by": by or provenance.user(), "time": provenance.now(), "body": body}
+    record = {"type": kind, "subject": subject, "by": by, "time": provenance.now(), "body": body}
     data = manifests.canonical(record)
     attestation = parse(data, subject, "the new attestation")
     registry.store.put_if_absent(path_of(attestation), data)
     return attestation
+
+
+def canonical(attestation: Attestation) -> bytes:
+    """The bytes of an attestation's record, whose sha256 is its digest; what a signature of it signs."""
+    return manifests.canonical({key: getattr(attestation, key) for key in _FIELDS})
+
+
+def check_who(name: str) -> None:
+    """Raise UserError unless `name` can say who someone is, on one line and in a terminal."""
+    if not name.strip() or len(name) > 200 or not name.isprintable():
+        raise UserError(f"bad name {name!r}: say who you are in 1 to 200 printable characters (--as NAME).")
 
 
 def path_of(attestation: Attestation) -> str:

@@ -1,1 +1,1 @@
-"""A read-only web page of a registry."""
+"""The registry as a read-only web page."""

@@ -1,6 +1,6 @@
 """Opening, resolving, aliases with history, verifying, lineage."""
 
-import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,27 +8,38 @@ import pytest
 from baton.errors import UserError
 from baton.registry import Registry, Version
 from baton.registry.manifest import manifest_path
+from baton.registry.stores import blob_path
+from tests.baton.registry.conftest import flip, in_processes, overwrite, paths, remove
 
 
-def flip(path: Path, at: int = 100) -> None:
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[at % len(data)] ^= 1
-    path.write_bytes(data)
+def test_opening(new_location: Callable[[str], str], store_kind: str) -> None:
+    location = new_location(store_kind) + "/deep/new"
+    with pytest.raises(UserError, match=f"there is no registry at {location}"):
+        Registry(location)
+    made = Registry(location, create=True)
+    assert made.location == location
+    assert paths(made) == ["registry.json"]
+    identity = made.store.get("registry.json")
+    Registry(location, create=True)
+    assert made.store.get("registry.json") == identity and made.models() == []
+    made.store.delete("registry.json")
+    made.store.put_if_absent("photos/a.jpg", b"x")
+    for create in (False, True):
+        with pytest.raises(UserError, match="not a registry: it holds files but no registry.json"):
+            Registry(location, create=create)
 
 
-def test_opening(tmp_path: Path) -> None:
+def test_opening_an_absent_or_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no registry"):
         Registry(tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-    made = Registry(tmp_path / "deep" / "new", create=True)
-    identity = made.store.get("registry.json")
-    Registry(tmp_path / "deep" / "new", create=True)
-    assert made.store.get("registry.json") == identity and made.models() == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="there is no registry"):
         Registry(tmp_path / "empty")
     Registry(tmp_path / "empty", create=True)
+
+
+def test_opening_what_is_none(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("x")
     for create in (False, True):
@@ -104,7 +115,7 @@ def publish_variant(registry: Registry, licence: str) -> Version:
 
 def test_a_promoter_who_comes_too_late_is_told(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish_variant(filled, "mit")
-    late = Registry(filled.store.root)
+    late = Registry(filled.location)
     monkeypatch.setattr(late, "alias_history", lambda name, alias: [])
     filled.promote("team/base:1", "prod", "mine")
     with pytest.raises(UserError, match="someone moved team/base:prod meanwhile; look again"):
@@ -123,61 +134,54 @@ def _promote_often(path: str, writer: int) -> None:
 
 def test_promoters_at_once_leave_a_history_without_forks(filled: Registry) -> None:
     publish_variant(filled, "mit")
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_promote_often, args=(str(filled.store.root), w)) for w in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+    in_processes(filled, _promote_often, [(filled.location, writer) for writer in range(4)])
     history = filled.alias_history("team/base", "prod")
     assert [move["previous"] for move in history] == [None, *(move["to"] for move in history[:-1])]
     assert filled.verify_all() == []
 
 
-def test_every_flipped_bit_is_found(filled: Registry) -> None:
-    filled.promote("team/base:1", "prod", "x")
-    assert filled.verify_all() == []
-    for path in sorted(filled.store.root.rglob("*")):
-        if not path.is_file() or "tmp" in path.parts or path.name == "registry.json":
+def test_every_flipped_bit_is_found(filled_folder: Registry) -> None:
+    filled_folder.promote("team/base:1", "prod", "x")
+    assert filled_folder.verify_all() == []
+    for path in paths(filled_folder):
+        if path == "registry.json":
             continue
-        whole = path.read_bytes()
-        if "models" in path.parts:  # records are small: cut them instead, a bit may be in free text
-            path.chmod(0o644)
-            path.write_bytes(whole[:-1])
+        whole = filled_folder.store.get(path)
+        if path.startswith("models/"):  # records are small: cut them instead, a bit may be in free text
+            overwrite(filled_folder, path, whole[:-1])
         else:
-            flip(path)
-        problems = filled.verify_all()
-        assert problems and any(path.name in problem for problem in problems), path
-        path.write_bytes(whole)
-    assert filled.verify_all() == []
+            flip(filled_folder, path)
+        problems = filled_folder.verify_all()
+        assert problems and any(path in problem for problem in problems), path
+        overwrite(filled_folder, path, whole)
+    assert filled_folder.verify_all() == []
 
 
 def test_verify_follows_base_and_parents(filled: Registry) -> None:
     base, value = filled.resolve("team/base:1"), filled.resolve("team/value:1")
     assert filled.verify(value) == []
     entry = next(e for e in base.manifest["files"] if e["path"] == "model.safetensors")
-    blob = filled.store.path(f"blobs/sha256/{entry['sha256']}")
-    flip(blob)
+    blob = blob_path(entry["sha256"])
+    flip(filled, blob)
     (problem,) = filled.verify(value)
     assert "model.safetensors" in problem and f"expected sha256:{entry['sha256']}, found sha256:" in problem
     assert filled.verify(filled.resolve("team/other:1")) == []
-    blob.unlink()
+    remove(filled, blob)
     (problem,) = filled.verify(value)
     assert "is missing" in problem
-    filled.store.path(manifest_path(filled.resolve("team/adapter:1").digest)).unlink()
+    remove(filled, manifest_path(filled.resolve("team/adapter:1").digest))
     assert any("init of init of team/value:1" in problem for problem in filled.verify(value))
 
 
 def test_verify_all_finds_gaps_and_strays(filled: Registry) -> None:
     publish_variant(filled, "mit")
     filled.promote("team/base:2", "prod", "x")
-    versions = filled.store.path("models/team/base/versions")
-    (versions / "0000001.json").unlink()
-    (versions / "notes.txt").write_text("x")
+    versions = "models/team/base/versions"
+    remove(filled, f"{versions}/0000001.json")
+    overwrite(filled, f"{versions}/notes.txt", b"x")
     problems = "\n".join(filled.verify_all())
     assert "0000001.json is missing" in problems and "'notes.txt' is not a record" in problems
-    (versions / "0000002.json").unlink()
+    remove(filled, f"{versions}/0000002.json")
     assert "prod, record 1: no version 2" in "\n".join(filled.verify_all())
 
 

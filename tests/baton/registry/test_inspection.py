@@ -12,10 +12,17 @@ import pytest
 
 from baton.errors import UserError
 from baton.registry import Registry
+from tests.baton.registry.conftest import paths
+
+
+@pytest.fixture
+def store_kind() -> str:
+    """Folders are refused before the store is asked for anything: one kind of store will do."""
+    return "folder"
 
 
 def contents(registry: Registry) -> set[str]:
-    return {str(path.relative_to(registry.store.root)) for path in registry.store.root.rglob("*")}
+    return set(paths(registry))
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -45,10 +52,15 @@ def damage(folder: Path, what: str) -> None:
         "training_args.bin": lambda: (folder / "training_args.bin").write_bytes(pickle.dumps({"lr": {1}})),
         "pickle as json": lambda: (folder / "trainer.json").write_bytes(pickle.dumps({1}, 0)),
         "symlink": lambda: os.symlink("/etc/hostname", folder / "notes.txt"),
+        "hard link": lambda: os.link(folder / "config.json", folder.parent / "elsewhere.json"),
         "linked folder": lambda: os.symlink("/etc", folder / "more"),
         "fifo": lambda: os.mkfifo(folder / "pipe"),
         "remote code": lambda: edit_json(folder / "config.json", auto_map={"AutoModel": "code.Model"}),
         "remote tokenizer": lambda: edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": "x"}),
+        "escaped code": lambda: (folder / "processor_config.json").write_text('{"\\u0061uto_map": {"a": "b.C"}}'),
+        "nested code": lambda: edit_json(folder / "config.json", text_config={"auto_map": {"AutoModel": "c.M"}}),
+        "python": lambda: (folder / "modeling.py").write_text("print('hello')"),
+        "stray shard": lambda: shutil.copy(weights, folder / "model-00001-of-00002.safetensors"),
         "no config": lambda: (folder / "config.json").unlink(),
         "no weights": lambda: weights.unlink(),
         "cut off": lambda: os.truncate(weights, weights.stat().st_size - 1),
@@ -70,6 +82,11 @@ def damage(folder: Path, what: str) -> None:
         ("training_args.bin", "training_args.bin is a pickle"),
         ("pickle as json", "trainer.json is a pickle"),
         ("symlink", "notes.txt is a symbolic link"),
+        ("hard link", "config.json is a hard link"),
+        ("escaped code", "processor_config.json has auto_map"),
+        ("nested code", "config.json has auto_map"),
+        ("python", "modeling.py is code"),
+        ("stray shard", "model-00001-of-00002.safetensors is no part of the model"),
         ("linked folder", "more is a symbolic link"),
         ("fifo", "neither a file nor a folder"),
         ("remote code", "auto_map"),
@@ -107,6 +124,100 @@ def test_shards_must_be_complete(registry: Registry, folders: Any) -> None:
     shards[-1].unlink()
     with pytest.raises(UserError, match=f"names {shards[-1].name}, which is missing"):
         registry.publish(folders.base, name="team/sharded", kind="base")
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    """Change the map of one tensor's place (None: forget it), or `total_size`."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if key == "total_size":
+            index["metadata"]["total_size"] = value
+        elif value is None:
+            del index["weight_map"][name]
+        else:
+            index["weight_map"][name] = value
+    path.write_text(json.dumps(index))
+
+
+def test_index_and_shards_name_each_other_completely(registry: Registry, folders: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (folders.base / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(folders.other_base).save_pretrained(folders.base, max_shard_size="40KB")
+    index = folders.base / "model.safetensors.index.json"
+    whole = index.read_bytes()
+    first, *_, last = sorted(path.name for path in folders.base.glob("model-*.safetensors"))
+
+    def refused(message: str, **changes: Any) -> None:
+        edit_index(folders.base, **changes)
+        with pytest.raises(UserError, match=message):
+            registry.publish(folders.base, name="team/sharded", kind="base")
+        index.write_bytes(whole)
+
+    norm = json.loads(whole)["weight_map"]["model.norm.weight"]
+    elsewhere = first if norm == last else last
+    refused(f"{norm} holds model.norm.weight, which .* does not name", model__norm__weight=None)
+    refused("model.norm.weight, which .* places", model__norm__weight=elsewhere)
+    refused("lacks model.extra, which", model__extra=first)
+    refused("says total_size 12, the shards hold", total_size=12)
+    refused("names files outside its folder: ../elsewhere", model__norm__weight="../elsewhere.safetensors")
+    index.write_bytes(whole.replace(b'"model.norm.weight"', b'"lm_head.weight"'))
+    with pytest.raises(UserError, match="a name occurs twice"):
+        registry.publish(folders.base, name="team/sharded", kind="base")
+    index.write_bytes(whole)
+    stray = folders.base / "model-00009-of-00009.safetensors"
+    shutil.copy(folders.base / first, stray)
+    refused("model-00009-of-00009.safetensors is no part of the model")
+    stray.rename(folders.base / "model.safetensors")
+    refused("has both model.safetensors and model.safetensors.index.json")
+    (folders.base / "model.safetensors").unlink()
+    assert registry.publish(folders.base, name="team/sharded", kind="base").number == 1
+
+
+def rewrite_header(path: Path, change: Callable[[str], str]) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = change(data[8 : 8 + length].decode()).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def test_a_header_with_a_tensor_twice_or_a_payload_is_refused(registry: Registry, folders: Any) -> None:
+    path = folders.base / "model.safetensors"
+    whole = path.read_bytes()
+    for message, change in (
+        ("a name occurs twice", lambda text: text.replace('"lm_head.weight"', '"model.norm.weight"')),
+        ("its metadata is no short list", lambda text: text.replace('"format":"pt"', '"format":[1]')),
+        ("its metadata is no short list", lambda text: text.replace('"pt"', '"' + "A" * 70_000 + '"')),
+    ):
+        rewrite_header(path, change)
+        with pytest.raises(UserError, match=message):
+            registry.publish(folders.base, name="team/base", kind="base")
+        path.write_bytes(whole)
+
+
+def test_code_travels_only_when_it_is_allowed_and_is_never_run(
+    registry: Registry, folders: Any, tmp_path: Path
+) -> None:
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).write_text('x')\nclass M: pass\n"
+    for folder in (folders.base, folders.other_base):
+        (folder / "modeling.py").write_text(code)
+        edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.M", "AutoConfig": "modeling.M"})
+        edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.M", None]})
+    with pytest.raises(UserError, match="publish with --allow-code"):
+        registry.publish(folders.base, name="team/base", kind="base")
+    version = registry.publish(folders.base, name="team/base", kind="base", allow_code=True)
+    assert version.manifest["architecture"]["remote_code"] is True
+    assert "modeling.py" in {entry["path"] for entry in version.manifest["files"]}
+    got = registry.materialise(version, tmp_path / "got", replay_probe=True)
+    assert (got / "modeling.py").read_text() == code
+    model, tokenizer = version.load("float32")
+    assert type(model).__name__ == "LlamaForCausalLM" and len(tokenizer) > 200
+    edit_json(folders.other_base / "config.json", model_type="of-its-own")
+    with pytest.raises(UserError, match="(?s)does not load.*without running the Python files that it brings"):
+        registry.publish(folders.other_base, name="team/other", kind="base", allow_code=True)
+    assert not (tmp_path / "ran").exists() and registry.models() == ["team/base"]
 
 
 def test_an_adapter_is_refused(filled: Registry, folders: Any) -> None:

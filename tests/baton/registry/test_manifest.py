@@ -12,6 +12,12 @@ from baton.registry import Registry
 from baton.registry.manifest import canonical, digest_of, is_safe_path, parse, storable
 
 
+@pytest.fixture
+def store_kind() -> str:
+    """A manifest is the same bytes in any store."""
+    return "folder"
+
+
 def test_canonical_json_by_hand() -> None:
     assert canonical({"b": [1, 2.5, None], "a": "é"}) == '{"a":"é","b":[1,2.5,null]}'.encode()
     assert digest_of(b"") == "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"

@@ -7,11 +7,14 @@ import json
 import lzma
 import pickle
 import struct
+import tarfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from baton.registry.pickles import why_pickle
 
@@ -28,6 +31,32 @@ def zip_file(name: str, content: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tar_file(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def numpy_archive(**arrays: object) -> bytes:
+    import numpy
+
+    buffer = io.BytesIO()
+    numpy.savez_compressed(buffer, **{name: numpy.array(value) for name, value in arrays.items()})
+    return buffer.getvalue()
+
+
+def numpy_records() -> bytes:
+    import numpy
+
+    buffer = io.BytesIO()
+    fields = [(f"a_field_with_a_long_name_{i}", "f8") for i in range(20)] + [("last", "O")]
+    numpy.save(buffer, numpy.zeros(1, fields), allow_pickle=True)
     return buffer.getvalue()
 
 
@@ -53,6 +82,20 @@ PICKLES = {
     "numpy objects": numpy_objects(),
     "cut off": pickle.dumps(VALUE, 4)[:-4],
     "imports by hand": b"cos\nsystem\n.",
+    "long, protocol 0": pickle.dumps([VALUE, "x" * (17 << 20), {1}], 0),
+    "joblib's zlib": zlib.compress(pickle.dumps(VALUE, 4)),
+    "lzma alone": lzma.compress(pickle.dumps(VALUE, 4), lzma.FORMAT_ALONE),
+    "zstd": zstandard.compress(pickle.dumps(VALUE, 4)),
+    "lz4": b"\x04\x22\x4d\x18" + bytes(20),
+    "numpy objects in an archive": numpy_archive(fine=[1.0], bad=[{"a": 1}]),
+    "numpy records with objects": numpy_records(),
+    "tar": tar_file("weights", pickle.dumps(VALUE, 4)),
+    "tar, gzip": gzip.compress(tar_file("weights", pickle.dumps(VALUE, 0))),
+    "zip in zip": zip_file("inner", zip_file("weights", pickle.dumps(VALUE, 4))),
+    "zip in tar in zip": zip_file("a", tar_file("b", zip_file("c", pickle.dumps(VALUE, 2)))),
+    "too deep": zip_file("a", zip_file("b", zip_file("c", zip_file("d", zip_file("e", b"hello"))))),
+    "gzip in zip": zip_file("a.gz", gzip.compress(pickle.dumps(VALUE, 4))),
+    "after a text": b"hello" + zip_file("weights", pickle.dumps(VALUE, 4)),
 }
 
 
@@ -83,6 +126,16 @@ def safetensors_with_header_of(length: int) -> bytes:
         b"---\nbase_model: x\n---\n# Card\n.",
         zip_file("notes.txt", b"hello"),
         gzip.compress(b'{"text": "hello"}\n'),
+        zip_file("a", zip_file("b", b"hello")),
+        tar_file("notes.txt", b"hello"),
+        zlib.compress(b"hello"),
+        zstandard.compress(b'{"text": "hello"}\n'),
+        numpy_archive(fine=[1.0, 2.0]),
+        b"x\x9c is no zlib stream",
+        b"\x1f\x8b is no gzip file",
+        b"GGUF\x03\0\0\0" + bytes(64),
+        b"\x08\x08\x12\x07pytorch",  # as ONNX begins
+        b"c" + bytes(1 << 20),
         # The header's length begins with the same bytes as a pickle of protocol 2 and of protocol 4.
         safetensors_with_header_of(0x0280),
         safetensors_with_header_of(0x0480),

@@ -2,9 +2,7 @@
 
 import errno
 import json
-import multiprocessing
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from baton.errors import UserError
 from baton.registry import Registry
 from baton.registry.vocabulary import tokenizer_digest
+from tests.baton.registry.conftest import in_processes, overwrite, paths
 
 
 def test_the_same_content_is_the_same_version(filled: Registry, folders: Any, tmp_path: Path) -> None:
@@ -34,10 +33,13 @@ def test_a_probe_that_differs_in_its_last_digits_is_the_same_version(
 ) -> None:
     from baton.registry import probe
 
-    outputs = probe.outputs
-    monkeypatch.setattr(
-        probe, "outputs", lambda model, record: [[x + 1e-5 for x in row] for row in outputs(model, record)]
-    )
+    record = probe.record
+
+    def a_little_off(*arguments: Any) -> dict[str, Any]:
+        found = record(*arguments)
+        return found | {"expected": [[value + 1e-5 for value in row] for row in found["expected"]]}
+
+    monkeypatch.setattr(probe, "record", a_little_off)
     again = filled.publish(folders.base, name="team/base", kind="base", details={"licence": "apache-2.0"})
     assert again == filled.resolve("team/base:1")
 
@@ -56,10 +58,9 @@ def test_no_path_of_this_machine_is_stored(filled: Registry, made: Any, folders:
     filled.publish(folders.base, name="team/new-base", kind="base", details=details)
     assert version.manifest["recipe"] == {"run_dir": "…/runs", "data": {"train": ["…/data.jsonl"]}}
     assert str(made.base) in (made.adapter / "README.md").read_text()  # PEFT writes it there
-    for path in filled.store.root.rglob("*"):
-        if path.is_file():
-            for secret in (str(tmp_path), str(made.base.parent), str(Path.home()) + "/"):
-                assert secret.encode() not in path.read_bytes(), path
+    for path in paths(filled):
+        for secret in (str(tmp_path), str(made.base.parent), str(Path.home()) + "/"):
+            assert secret.encode() not in filled.store.get(path), path
     stored = {entry["path"]: entry["sha256"] for entry in version.manifest["files"]}
     config = json.loads(filled.store.get(f"blobs/sha256/{stored['adapter_config.json']}"))
     assert config["base_model_name_or_path"] == f"baton:{base.digest}" and config["revision"] is None
@@ -109,19 +110,10 @@ def _publish_many(path: str, folder: str, writer: int, count: int) -> None:
         registry.publish(folder, name="team/same", kind="base", details={"build_key": "one"})
 
 
-def test_writers_at_once_get_contiguous_numbers(folders: Any, tmp_path: Path) -> None:
-    path, writers, count = tmp_path / "raced", 4, 6
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_publish_many, args=(str(path), str(folders.base), writer, count))
-        for writer in range(writers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * writers
-    registry = Registry(path)
+def test_writers_at_once_get_contiguous_numbers(folder_registry: Registry, folders: Any) -> None:
+    registry, writers, count = folder_registry, 4, 6
+    arguments = [(registry.location, str(folders.base), writer, count) for writer in range(writers)]
+    in_processes(registry, _publish_many, arguments)
     assert registry.numbers("team/race") == list(range(1, writers * count + 1))
     keys = {version.manifest["build_key"] for version in registry.versions("team/race")}
     assert keys == {f"{writer}-{number}" for writer in range(writers) for number in range(count)}
@@ -131,9 +123,10 @@ def test_writers_at_once_get_contiguous_numbers(folders: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("call", ["fsync", "link"])
 def test_a_full_disk_publishes_nothing(
-    registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, call: str
+    folder_registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """Fail at the first, second, … call: each time the registry stays as it was, until a publish succeeds."""
+    registry = folder_registry
     real = getattr(os, call)
     monkeypatch.setattr("baton.registry.probe.record", lambda *arguments: {"input_ids": [], "expected": []})
     for failing in range(1, 100):
@@ -151,7 +144,7 @@ def test_a_full_disk_publishes_nothing(
             try:
                 registry.publish(folders.base, name="team/base", kind="base")
             except UserError as error:
-                assert str(registry.store.root) in str(error) and "No space left" in str(error)
+                assert registry.location in str(error) and "No space left" in str(error)
             else:
                 break
         # Only the sync after the record's own link comes too late to keep it from appearing.
@@ -161,9 +154,80 @@ def test_a_full_disk_publishes_nothing(
 
 
 def test_debris_of_a_killed_publish_is_ignored(filled: Registry, folders: Any) -> None:
-    debris = filled.store.path("tmp/0123")
-    shutil.copytree(folders.base, debris)
-    filled.store.path("tmp/half.json").write_text('{"dig')
+    overwrite(filled, "tmp/0123/model.safetensors", (folders.base / "model.safetensors").read_bytes())
+    overwrite(filled, "tmp/half.json", b'{"dig')
     assert filled.verify_all() == []
     version = filled.publish(folders.base, name="team/base", kind="base", details={"licence": "mit"})
     assert version.number == 2
+
+
+def test_what_a_publish_needs_is_leased_before_anyone_looks(
+    filled: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every step before the record, the registry says what is in use; afterwards nothing is held."""
+    from baton.registry import publish
+
+    held: dict[str, list[set[str]]] = {}
+
+    def look(command: str, name: str) -> None:
+        found = set()
+        for lease in filled.store.list("leases"):
+            found |= set(json.loads(filled.store.get(f"leases/{lease}"))["holds"])
+        held.setdefault(name, []).append(found)
+
+    monkeypatch.setattr(publish, "step", look)
+    base, parent = filled.resolve("team/base:1"), filled.resolve("team/reward:1")
+    version = filled.publish(folders.adapter, name="team/new", kind="adapter", base=base, parents={"judge": parent})
+    ancestors = {digest.removeprefix("sha256:") for digest in (base.digest, parent.digest)}
+    blobs = {entry["sha256"] for entry in version.manifest["files"]}
+    (first,), (probed,) = held["1-lease-taken"], held["3-probe-recorded"]
+    assert first == ancestors <= probed
+    for name in ("4-blob-stored", "5-manifest-stored", "6-version-recorded"):
+        for found in held[name]:
+            assert found == ancestors | blobs | {version.digest.removeprefix("sha256:")}
+    names = len(list(folders.adapter.iterdir()))
+    assert len(held["2-file-copied"]) == len(held["4-blob-stored"]) == names
+    assert filled.store.list("leases") == []
+
+
+def test_licences_are_gathered_and_refused(filled: Registry, folders: Any) -> None:
+    base, reward = filled.resolve("team/base:1"), filled.resolve("team/reward:1")
+    details = {"licence": "mit", "data": [{"path": "x.jsonl", "licence": "cc-by-4.0"}, {"path": "y.jsonl"}]}
+    version = filled.publish(folders.adapter, name="team/new", kind="adapter", base=base, details=details)
+    # its own and its base's; what states none is unknown
+    assert version.manifest["licences"] == {"models": ["Apache-2.0", "MIT"], "data": ["CC-BY-4.0", "unknown"]}
+    assert version.manifest["licence"] == "mit"
+    arguments: dict[str, Any] = {"name": "team/newer", "kind": "adapter", "base": base, "details": details}
+    with pytest.raises(UserError, match="licences outside the allowed ones .*MIT.*\n.*base team/base:1 has apache-2.0"):
+        filled.publish(folders.adapter, allowed_licences=["MIT", "CC-BY-4.0", "unknown"], **arguments)
+    with pytest.raises(UserError, match="judge team/reward:1 states no licence"):
+        filled.publish(
+            folders.adapter, allowed_licences=["MIT", "CC-BY-4.0", "apache-2.0"], parents={"judge": reward}, **arguments
+        )
+    assert "team/newer" not in filled.models() and filled.store.list("tmp") == []
+    allowed = ["MIT", "CC-BY-4.0", "apache-2.0", "unknown"]
+    assert filled.publish(folders.adapter, allowed_licences=allowed, **arguments).number == 1
+
+
+def test_paths_are_taken_out_at_any_depth_and_tokens_are_kept(tmp_path: Path) -> None:
+    from baton.registry.local_paths import without_local_paths
+
+    here = str(tmp_path / "secret" / "base")
+    (tmp_path / "secret").mkdir()
+    settings = {
+        "text_config": {"_name_or_path": here, "hidden_size": 4},
+        "modules": [here, "org/name", "/"],
+        "eos_token": here,
+        "added_tokens_decoder": {"0": {"content": here}},
+        "notes": "see /no/such/place for more",
+        "absent": "/no/such/place",
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    found = without_local_paths(path, None)
+    assert found is not None and json.loads(found) == settings | {
+        "text_config": {"hidden_size": 4},
+        "modules": ["…/base", "org/name", "/"],
+    }
+    path.write_text(json.dumps({"hidden_size": 4, "rope": [1, 2]}))
+    assert without_local_paths(path, None) is None

@@ -1,0 +1,162 @@
+"""What differs between two versions: how they were made, what they measured, and how far their weights lie apart."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from baton.registry.history.names import first_names
+from baton.registry.manifest import storable
+from baton.registry.version import Version
+
+if TYPE_CHECKING:
+    from baton.registry.catalogue import Registry
+    from baton.registry.history.weights_diff import Change, WeightsDifference
+
+SECTIONS = ("version", "recipe", "data", "packages", "metrics", "licences", "architecture", "files")
+
+
+class Entry(NamedTuple):
+    """A key whose value differs. change: "changed", "added" (only B has it) or "removed" (only A has it)."""
+
+    key: str
+    change: str
+    before: Any
+    after: Any
+
+    @property
+    def difference(self) -> float | None:
+        """B minus A, for two numbers."""
+        numbers = [value for value in (self.before, self.after) if type(value) in (int, float)]
+        return numbers[1] - numbers[0] if self.change == "changed" and len(numbers) == 2 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Version `a` against version `b`; sections without differences are empty."""
+
+    a: str
+    b: str
+    sections: dict[str, list[Entry]] = field(default_factory=dict)  # by `SECTIONS`
+    weights: "WeightsDifference | None" = None  # None: not compared
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as JSON's types."""
+        found: dict[str, Any] = {"a": self.a, "b": self.b}
+        for section, entries in self.sections.items():
+            found[section] = [_entry_json(entry) for entry in entries]
+        found["weights"] = _weights_json(self.weights) if self.weights else None
+        return found
+
+
+def diff(registry: "Registry", a: Version, b: Version, with_weights: bool = True) -> Difference:
+    """Compare two versions of one registry; with_weights: their weights too, for which both are materialised."""
+    ours, theirs = a.manifest, b.manifest
+    names = _names(registry, ours, theirs)
+    views = {
+        "version": (_made_from(ours, names), _made_from(theirs, names)),
+        "recipe": (_flat(ours["recipe"]), _flat(theirs["recipe"])),
+        "data": (_sources(ours["data"]), _sources(theirs["data"])),
+        "packages": (
+            ours["packages"] | {f"code.{key}": value for key, value in ours["code"].items()},
+            theirs["packages"] | {f"code.{key}": value for key, value in theirs["code"].items()},
+        ),
+        "metrics": (_flat(ours["metrics"]), _flat(theirs["metrics"])),
+        "licences": (_licences(ours), _licences(theirs)),
+        "architecture": (_architecture(ours), _architecture(theirs)),
+        "files": (_files(ours), _files(theirs)),
+    }
+    assert set(views) == set(SECTIONS)
+    sections = {section: _entries(*views[section]) for section in SECTIONS}
+    weights = None
+    if with_weights:
+        from baton.registry.history.weights_diff import weights_difference
+
+        weights = weights_difference(registry, a, b)
+    return Difference(a.ref, b.ref, sections, weights)
+
+
+def _entries(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Entry]:
+    found = []
+    for key in sorted(set(ours) | set(theirs)):
+        if key not in theirs:
+            found.append(Entry(key, "removed", ours[key], None))
+        elif key not in ours:
+            found.append(Entry(key, "added", None, theirs[key]))
+        elif ours[key] != theirs[key] or type(ours[key]) is not type(theirs[key]):
+            found.append(Entry(key, "changed", ours[key], theirs[key]))
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys; lists of sections by position, other lists are values."""
+    if isinstance(value, dict) and value:
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        items = [(str(at), item) for at, item in enumerate(value)]
+    else:
+        return {prefix: value} if prefix else {}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _sources(data: list[Any]) -> dict[str, Any]:
+    """`use path: fact` -> value; a source that occurs again is counted."""
+    found: dict[str, Any] = {}
+    seen: dict[str, int] = {}
+    for row in data:
+        facts = row if isinstance(row, dict) else {"path": row}
+        name = f"{facts.get('use') or 'data'} {facts.get('path')}"
+        seen[name] = seen.get(name, 0) + 1
+        name += f" #{seen[name]}" if seen[name] > 1 else ""
+        found |= {f"{name}: {key}": value for key, value in facts.items() if key not in ("use", "path")}
+        found.setdefault(f"{name}: licence", None)
+    return found
+
+
+def _names(registry: "Registry", *manifests: dict[str, Any]) -> dict[str, str]:
+    used = {digest for manifest in manifests for digest in [*manifest["parents"].values(), manifest["base"]] if digest}
+    return {digest: named.ref for digest, named in first_names(registry, used).items()}
+
+
+def _made_from(manifest: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    found = {f"parent {role}": digest for role, digest in manifest["parents"].items()}
+    found |= {"base": manifest["base"], "kind": manifest["kind"]}
+    return {key: names.get(value, value) for key, value in found.items()}
+
+
+def _licences(manifest: dict[str, Any]) -> dict[str, Any]:
+    inherited = {f"of {kind}": entries for kind, entries in manifest["licences"].items()}
+    return {"licence": manifest["licence"], **inherited}
+
+
+def _architecture(manifest: dict[str, Any]) -> dict[str, Any]:
+    found = _flat(manifest["architecture"]) | _flat(manifest["vocabulary"], "vocabulary")
+    return found | {key: manifest[key] for key in ("dtype", "tokenizer_digest", "chat_template_digest")}
+
+
+def _files(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {entry["path"]: f"{entry['sha256'][:12]}… {entry['size']:,} bytes" for entry in manifest["files"]}
+
+
+def _entry_json(entry: Entry) -> dict[str, Any]:
+    found = {"key": entry.key, "change": entry.change, "before": entry.before, "after": entry.after}
+    return found | ({} if entry.difference is None else {"difference": storable(entry.difference)})
+
+
+def _weights_json(weights: "WeightsDifference") -> dict[str, Any]:
+    def change(of: "Change") -> dict[str, Any]:
+        norms = {"difference": of.difference, "norm_a": of.before, "norm_b": of.after}
+        # storable: a norm that is not finite has no spelling in JSON
+        return {"name": of.name, "num_parameters": of.num_parameters, "relative": of.relative, **storable(norms)}
+
+    return {
+        "compared": weights.compared,
+        "total": change(weights.total),
+        "groups": [change(group) for group in weights.groups],
+        "tensors": [change(tensor) for tensor in weights.tensors],
+        "only_a": weights.only_a,
+        "only_b": weights.only_b,
+        "shapes": [{"name": name, "a": list(a), "b": list(b)} for name, a, b in weights.shapes],
+        "notes": weights.notes,
+    }
