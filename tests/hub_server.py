@@ -91,9 +91,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         url = urlsplit(self.path)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if "chunked" not in self.headers.get(
-            "Transfer-Encoding", ""
-        ) else self._chunked()
+        self.body = (
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if "chunked" not in self.headers.get("Transfer-Encoding", "")
+            else self._chunked()
+        )
         self.query = parse_qs(url.query)
         path = url.path
         self.server_state.requests.append(f"{self.command} {path}")

@@ -3,8 +3,9 @@
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from baton.errors import UserError, nearest
 from baton.registry import manifest as manifests
@@ -17,6 +18,9 @@ from baton.registry.stores.files import full_disk_is_user_error
 from baton.registry.trust import attestations, promotion
 from baton.registry.trust.attestations import Attestation
 from baton.registry.version import Version
+
+if TYPE_CHECKING:
+    from baton.registry.travel import bundle, transfer
 
 FORMAT = "baton.registry/1"
 
@@ -101,8 +105,8 @@ class Registry:
         parsed = reference.parse(ref)
         if parsed.number is not None:
             return self._by_number(parsed.name, parsed.number)
-        self._require_model(parsed.name)
         if parsed.digest is not None:
+            self._require_model(parsed.name)
             for number, record in self.version_records(parsed.name).items():
                 if record["digest"] == parsed.digest:
                     return Version(parsed.name, number, parsed.digest, self)
@@ -114,6 +118,7 @@ class Registry:
         folder = records.alias_folder(parsed.name, parsed.alias)
         moves = records.numbers(self.store, folder)
         if not moves:
+            self._require_model(parsed.name)
             aliases = self.aliases(parsed.name)
             known = nearest(parsed.alias, list(aliases)) or sorted(aliases)[:10]
             listed = ", ".join(f"{parsed.name}:{alias}" for alias in known) or "none"
@@ -220,6 +225,30 @@ class Registry:
     def rollback(self, target: str, reason: str, by: str | None = None) -> dict[str, Any]:
         """Make `team/name:alias` mean what it meant before its last promotion; returns the record."""
         return promotion.rollback(self, target, reason, by)
+
+    def push(self, version: Version, target: "Registry") -> "transfer.Report":
+        """Copy a version and its ancestors to another registry, verified; only what is missing there moves."""
+        from baton.registry.travel import transfer
+
+        return transfer.push(self, version, target)
+
+    def pull(self, source: "Registry", ref: str) -> "transfer.Report":
+        """Copy a version of another registry, and its ancestors, into this one."""
+        from baton.registry.travel import transfer
+
+        return transfer.pull(self, source, ref)
+
+    def export(self, version: Version, file: str | Path, without: Sequence[Version] = ()) -> "bundle.Exported":
+        """Write a version and its ancestors, but those of `without`, into one file: the same bytes every time."""
+        from baton.registry.travel import bundle
+
+        return bundle.export(self, version, Path(file), without)
+
+    def import_bundle(self, file: str | Path) -> list[Version]:
+        """Register what a bundle holds, once all of it is verified; the last version is the one that was exported."""
+        from baton.registry.travel import bundle
+
+        return bundle.import_bundle(self, Path(file))
 
     def attestations(self, version: Version, kind: str | None = None) -> list[Attestation]:
         """What was said of a version since it was published, oldest first; kind: evaluation, approval, …"""

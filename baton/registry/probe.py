@@ -6,23 +6,26 @@ It catches what checksums cannot: a swapped base, a lost head, an adapter on ano
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from baton.errors import UserError
 from baton.registry import probe_process
 from baton.registry.checks import CheckFailed
 from baton.registry.inspection import ADAPTER_WEIGHTS
+from baton.registry.streaming import stream
 from baton.registry.version import HEAD_KINDS
-from baton.registry.weights import HEAD, read_header, read_model
+from baton.registry.weights import HEAD, dtype_of, find_model, read_header, read_model
 
 if TYPE_CHECKING:
     import torch
 
 SEQUENCES, LENGTH, LOGITS = 2, 16, 32
 ATOL = RTOL = 1e-3
+_WORTH_STREAMING = 64 << 20  # bytes of weights; less is loaded in full as fast
+T = TypeVar("T")
 
 
 class ProbeMismatch(CheckFailed):
@@ -47,10 +50,17 @@ def record(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[s
 
 def compute(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[str, Any]) -> dict[str, Any]:
     """Load what was written and note its outputs; `vocabulary` is the manifest's."""
-    size = vocabulary["size"]
     special = vocabulary["special_tokens"]
+
+    def note(model: "torch.nn.Module") -> dict[str, Any]:
+        return _note(model, folder, vocabulary)
+
+    return _with_model(note, folder, base_folder, kind, special["pad"])
+
+
+def _note(model: "torch.nn.Module", folder: Path, vocabulary: dict[str, Any]) -> dict[str, Any]:
+    size, special = vocabulary["size"], vocabulary["special_tokens"]
     avoid = {special[role] for role in ("bos", "eos", "pad", "unk")} | set(special["stop"])
-    model = load(folder, base_folder, kind, special["pad"])
     probe: dict[str, Any] = {
         "output": "score" if is_scorer(model) else "logits",
         "input_ids": _input_ids(size, avoid),
@@ -69,8 +79,33 @@ def compute(folder: Path, base_folder: Path | None, kind: str, vocabulary: dict[
 
 def replay(folder: Path, base_folder: Path | None, manifest: dict[str, Any]) -> None:
     """Load a materialised version and compare; raises ProbeMismatch with the largest difference."""
-    model = load(folder, base_folder, manifest["kind"], manifest["vocabulary"]["special_tokens"]["pad"])
-    compare(model, manifest["probe"], str(folder), "swapped-base" if manifest["base"] else "probe")
+    check = "swapped-base" if manifest["base"] else "probe"
+
+    def look(model: "torch.nn.Module") -> None:
+        compare(model, manifest["probe"], str(folder), check)
+
+    _with_model(look, folder, base_folder, manifest["kind"], manifest["vocabulary"]["special_tokens"]["pad"])
+
+
+def _with_model(
+    do: Callable[["torch.nn.Module"], T], folder: Path, base_folder: Path | None, kind: str, pad: int | None
+) -> T:
+    """Call `do` with the model, streamed from its file where it is large and that works; else loaded in full."""
+    if base_folder is None and _is_worth_streaming(folder):
+        model = load(folder, None, kind, pad, streamed=True)
+        try:
+            return do(model)
+        except UserError:
+            raise
+        except (RuntimeError, NotImplementedError, TypeError):
+            del model  # a layer that reads another layer's weights
+    return do(load(folder, base_folder, kind, pad))
+
+
+def _is_worth_streaming(folder: Path) -> bool:
+    tensors = find_model(folder)
+    is_large = sum(place.num_bytes for place in tensors.values()) > _WORTH_STREAMING
+    return is_large and dtype_of(tensors) in ("bfloat16", "float16")
 
 
 def compare(model: "torch.nn.Module", probe: dict[str, Any], what: str, check: str = "probe") -> None:
@@ -130,10 +165,13 @@ def is_scorer(model: "torch.nn.Module") -> bool:
     return hasattr(model.get_base_model() if isinstance(model, PeftModel) else model, "score")
 
 
-def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | None) -> "torch.nn.Module":
+def load(
+    folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | None, streamed: bool = False
+) -> "torch.nn.Module":
     """Load a version with plain transformers and peft, float32 on the CPU, in eval mode.
 
-    base_folder: of an adapter; None for what loads by itself. Raises ProbeMismatch when it does not load, or loads
+    base_folder: of an adapter; None for what loads by itself. streamed: leave the weights in their file where
+    possible, and widen each layer's when it runs. Raises ProbeMismatch when it does not load, or loads
     with weights missing.
     """
     from peft import PeftModel
@@ -151,6 +189,10 @@ def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | 
                 model = PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
             else:
                 assert kind != "adapter", "an adapter's probe needs its base"
+                if streamed:
+                    model = load_whole(folder, None, pad_token_id, in_stored_dtype=True)
+                    if stream(model):
+                        return model.eval()  # type: ignore[no-any-return]
                 model = load_whole(folder, None, pad_token_id)
         except Exception as error:
             # Any class may come out of a strange folder; the machine's own troubles are no mismatch.
@@ -165,15 +207,18 @@ def load(folder: Path, base_folder: Path | None, kind: str, pad_token_id: int | 
     return model.float().eval()
 
 
-def load_whole(folder: Path, with_head: bool | None, pad_token_id: int | None) -> Any:
-    """Load a whole model; `with_head` adds a fresh score head, None takes the class from config.json."""
+def load_whole(
+    folder: Path, with_head: bool | None, pad_token_id: int | None, in_stored_dtype: bool = False
+) -> Any:
+    """Load a whole model in float32; `with_head` adds a fresh score head, None takes the class from config.json."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     # Never the folder's own code, and never a question about it: what it computes would be for it to say.
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     is_saved_scorer = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    arguments: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    dtype = getattr(torch, str(dtype_of(find_model(folder)))) if in_stored_dtype else torch.float32
+    arguments: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
     arguments |= {"output_loading_info": True, "trust_remote_code": False}
     loader: Any = AutoModelForCausalLM
     if with_head or (with_head is None and is_saved_scorer):

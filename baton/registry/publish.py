@@ -95,11 +95,12 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
     folder = records.versions_folder(name)
     number = 0
     while True:
+        # The number first: whoever takes a lower one with the same content is then among those that are compared.
+        # A number that was just refused is taken, even where NFS still lists the folder without it.
+        number = max([number, *registry.all_numbers(name)]) + 1
         existing = registry.find_same(name, stored)
         if existing:
             return existing
-        # A number that was just refused is taken, even where NFS still lists the folder without it.
-        number = max([number, *registry.all_numbers(name)]) + 1
         if records.write(registry.store, folder, number, {"number": number, **record}):
             step("publish", "6-version-recorded")
             return Version(name, number, digest, registry)

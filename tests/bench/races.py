@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--store", choices=["folder", "s3"], default="folder")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--publishes", type=int, default=100, help="by each process")
+    parser.add_argument("--moves", type=int, default=20, help="of the alias, by each process")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     os.environ["TEST_CHILD_LIMIT_S"] = "3600"
@@ -132,7 +133,7 @@ def main() -> None:
         race(forks, location, "team/base:1", work / "adapter", work, given.processes, given.publishes)
         report["publishing_s"] = round(time.monotonic() - begun, 1)
         begun = time.monotonic()
-        report["moves"] = race_aliases(forks, location, work, given.processes, given.publishes)
+        report["moves"] = race_aliases(forks, location, work, given.processes, given.moves)
         report["promoting_s"] = round(time.monotonic() - begun, 1)
         forks.close()
         check_versions(location, work, given.processes, given.publishes)

@@ -95,8 +95,8 @@ def show(ref: RefArgument, registry: RegistryOption = DEFAULT_REGISTRY, as_json:
     aliases = [alias for alias, number in reg.aliases(version.name).items() if number == version.number]
     shown = {"version": version.ref, "digest": version.digest}
     shown |= {"published": f"{record.get('time')} by {record.get('by')}", "aliases": ", ".join(aliases)}
-    shown |= {"moves": "\n".join(_moves(reg, version.name, version.number))}
-    shown |= {"attested": "\n".join(summary.lines(reg, version))}
+    said = {"moves": _moves(reg, version.name, version.number), "attested": summary.lines(reg, version)}
+    shown |= {key: "\n".join(lines) for key, lines in said.items() if lines}
     described = ("kind", "licence", "licences", "dtype", "architecture", "vocabulary", "base")
     circumstances = ("parents", "data", "metrics", "code", "packages")
     shown |= {key: manifest[key] for key in (*described, *circumstances)}

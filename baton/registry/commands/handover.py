@@ -52,6 +52,10 @@ def publish(
     base: Annotated[str | None, typer.Option(metavar="REF", help="An adapter's base; none for a whole model.")] = None,
     parent: Annotated[list[str] | None, typer.Option(metavar="ROLE=REF", help="May be repeated.")] = None,
     licence: Annotated[str | None, typer.Option(help="An SPDX identifier, such as apache-2.0.")] = None,
+    allow_licence: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPDX", help="Refuse other licences, its ancestors' and data's too. May be repeated."),
+    ] = None,
     alias: Annotated[str | None, typer.Option(help="Make this alias mean the new version.")] = None,
     allow_code: AllowCodeOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
@@ -75,6 +79,7 @@ def publish(
         parents=parents,
         details={"licence": licence},
         allow_code=allow_code,
+        allowed_licences=allow_licence,
     )
     if alias is not None:
         reg.promote(version.ref, alias, reason="published under this alias")
@@ -89,6 +94,7 @@ def push(
     base_repo: Annotated[
         str | None, typer.Option("--base-repo", help="To the Hub: org/name@COMMIT that holds an adapter's base.")
     ] = None,
+    message: Annotated[str | None, typer.Option(help="To the Hub: the commit's message.")] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,10 +107,10 @@ def push(
         repo_id, _, revision = target.removeprefix(HUB).partition("@")
         if revision:
             raise UserError(f"{target} names a revision; a push makes a new one. Push to {HUB}{repo_id}.")
-        url = hub.push(reg, version, repo_id, private=not public, merge=merge, base_repo=base_repo)
+        url = hub.push(reg, version, repo_id, private=not public, merge=merge, base_repo=base_repo, message=message)
         print_json({"ref": version.ref, "url": url}) if as_json else typer.echo(f"{version.ref} is at {url}")
         return
-    for flag, is_given in (("--merge", merge), ("--public", public), ("--base-repo", base_repo)):
+    for flag, is_given in (("--merge", merge), ("--public", public), ("--base-repo", base_repo), ("--message", message)):
         if is_given:
             raise UserError(f"{flag} is for the Hub (hf://org/name); the registry {target} gets it as it is.")
     from baton.registry.travel import transfer

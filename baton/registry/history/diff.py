@@ -53,13 +53,13 @@ def diff(registry: "Registry", a: Version, b: Version, with_weights: bool = True
     names = _names(registry, ours, theirs)
     views = {
         "version": (_made_from(ours, names), _made_from(theirs, names)),
-        "recipe": (_flat(ours["recipe"]), _flat(theirs["recipe"])),
+        "recipe": (ours["recipe"], theirs["recipe"]),
         "data": (_sources(ours["data"]), _sources(theirs["data"])),
         "packages": (
             ours["packages"] | {f"code.{key}": value for key, value in ours["code"].items()},
             theirs["packages"] | {f"code.{key}": value for key, value in theirs["code"].items()},
         ),
-        "metrics": (_flat(ours["metrics"]), _flat(theirs["metrics"])),
+        "metrics": (ours["metrics"], theirs["metrics"]),
         "licences": (_licences(ours), _licences(theirs)),
         "architecture": (_architecture(ours), _architecture(theirs)),
         "files": (_files(ours), _files(theirs)),
@@ -74,34 +74,34 @@ def diff(registry: "Registry", a: Version, b: Version, with_weights: bool = True
     return Difference(a.ref, b.ref, sections, weights)
 
 
-def _entries(ours: dict[str, Any], theirs: dict[str, Any]) -> list[Entry]:
+def _entries(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[Entry]:
+    """The keys that differ, nested ones dotted; a key that is null says no more than one that is not there."""
     found = []
-    for key in sorted(set(ours) | set(theirs)):
-        if key not in theirs:
-            found.append(Entry(key, "removed", ours[key], None))
-        elif key not in ours:
-            found.append(Entry(key, "added", None, theirs[key]))
-        elif ours[key] != theirs[key] or type(ours[key]) is not type(theirs[key]):
-            found.append(Entry(key, "changed", ours[key], theirs[key]))
+    for key in sorted({key for side in (ours, theirs) for key, value in side.items() if value is not None}):
+        before, after, name = ours.get(key), theirs.get(key), f"{prefix}{key}"
+        sections = _as_section(before), _as_section(after)
+        if sections[0] and sections[1]:
+            found += _entries(sections[0], sections[1], f"{name}.")
+        elif after is None:
+            found.append(Entry(name, "changed" if key in theirs else "removed", before, None))
+        elif before is None:
+            found.append(Entry(name, "changed" if key in ours else "added", None, after))
+        elif before != after or type(before) is not type(after):
+            found.append(Entry(name, "changed", before, after))
     return found
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys; lists of sections by position, other lists are values."""
-    if isinstance(value, dict) and value:
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        items = [(str(at), item) for at, item in enumerate(value)]
-    else:
-        return {prefix: value} if prefix else {}
-    found: dict[str, Any] = {}
-    for key, item in items:
-        found |= _flat(item, f"{prefix}.{key}" if prefix else key)
-    return found
+def _as_section(value: Any) -> dict[str, Any] | None:
+    """Sections, and lists of sections by position; None for every other value."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(at): item for at, item in enumerate(value)}
+    return None
 
 
 def _sources(data: list[Any]) -> dict[str, Any]:
-    """`use path: fact` -> value; a source that occurs again is counted."""
+    """`use path` -> the source's other facts; a source that occurs again is counted."""
     found: dict[str, Any] = {}
     seen: dict[str, int] = {}
     for row in data:
@@ -109,8 +109,7 @@ def _sources(data: list[Any]) -> dict[str, Any]:
         name = f"{facts.get('use') or 'data'} {facts.get('path')}"
         seen[name] = seen.get(name, 0) + 1
         name += f" #{seen[name]}" if seen[name] > 1 else ""
-        found |= {f"{name}: {key}": value for key, value in facts.items() if key not in ("use", "path")}
-        found.setdefault(f"{name}: licence", None)
+        found[name] = {key: value for key, value in facts.items() if key not in ("use", "path") and value is not None}
     return found
 
 
@@ -131,8 +130,8 @@ def _licences(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _architecture(manifest: dict[str, Any]) -> dict[str, Any]:
-    found = _flat(manifest["architecture"]) | _flat(manifest["vocabulary"], "vocabulary")
-    return found | {key: manifest[key] for key in ("dtype", "tokenizer_digest", "chat_template_digest")}
+    keys = ("vocabulary", "dtype", "tokenizer_digest", "chat_template_digest")
+    return manifest["architecture"] | {key: manifest[key] for key in keys}
 
 
 def _files(manifest: dict[str, Any]) -> dict[str, Any]:

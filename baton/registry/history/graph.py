@@ -11,6 +11,7 @@ from baton.registry.version import Version
 if TYPE_CHECKING:
     from baton.registry.catalogue import Registry
 
+_FIRST = ("accuracy", "reward_accuracy", "win_rate", "reward", "loss", "kl_nats")  # what a stage is judged by
 _LAST = ("seconds", "parameters", "published_step")  # of little interest in a picture
 
 
@@ -97,14 +98,18 @@ def to_html(graph: Graph, title: str) -> str:
 
 
 def source_line(row: Any) -> str:
-    """A data source in a line: its path, use, rows and licence."""
+    """A data source in a line: its path, use, rows (or bytes, where none were counted) and licence."""
     facts = row if isinstance(row, dict) else {}
     parts = [str(facts.get("path") or "a source without a name")]
     if facts.get("use"):
         parts.append(f"({facts['use']})")
-    count = facts.get("rows")
-    if type(count) is int:
-        parts.append(f"{count:,} rows")
+    if isinstance(facts.get("slice"), list):
+        start, stop = [*facts["slice"], None, None][:2]
+        parts.append(f"rows {start or 0} to {'the end' if stop is None else stop}")
+    elif type(facts.get("rows")) is int:
+        parts.append(f"{facts['rows']:,} rows")
+    elif type(facts.get("size")) is int:
+        parts.append(f"{facts['size']:,} bytes")
     parts.append(str(facts.get("licence") or "licence unknown"))
     return "  ".join(parts)
 
@@ -125,8 +130,11 @@ def number(value: float) -> str:
 
 
 def _rank(key: str) -> int:
+    last = key.rpartition("/")[2]
+    if last in _FIRST:
+        return _FIRST.index(last)
     if key in _LAST:
-        return 3
+        return len(_FIRST) + 3
     if key.endswith("_before"):
-        return 2
-    return 0 if key.startswith("eval/") or "accuracy" in key else 1
+        return len(_FIRST) + 2
+    return len(_FIRST) + (not key.startswith("eval/"))

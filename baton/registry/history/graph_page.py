@@ -15,7 +15,8 @@ table{border-collapse:collapse}
 th,td{padding:.3rem .8rem;text-align:left;vertical-align:top;border-bottom:1px solid #8885}
 td{max-width:36rem;overflow-wrap:anywhere}td.number{text-align:right;font-variant-numeric:tabular-nums}
 td:last-child{white-space:nowrap}
-tbody th{font-weight:500;max-width:24rem;overflow-wrap:anywhere}thead th{overflow-wrap:anywhere;min-width:6rem}
+tbody th{font-weight:500;min-width:9rem;max-width:24rem;overflow-wrap:anywhere}
+thead th{overflow-wrap:anywhere;min-width:6rem}
 .key span{display:inline-block;margin-right:1.4rem;color:#808080}
 """
 

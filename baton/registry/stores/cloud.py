@@ -18,7 +18,7 @@ from baton.registry.stores.interface import Entry, Store, blob_path
 from baton.registry.stores.parts import abort_unfinished, send_in_parts
 from baton.registry.stores.scratch import scratch_folder
 
-READERS = 16
+READERS = 32
 """Small objects read at a time."""
 RANGE_BYTES = 4 << 20
 """A blob is read in ranges of this size, `RANGES` of them at a time: 32 MiB of memory, however large the blob."""
@@ -29,6 +29,7 @@ PARTS = 4
 MARK = "sha256"
 """The name of the metadata by which a blob's sender says which digest its file had."""
 _ATTEMPTS = 5
+_IN_ORDER = "The store, or a proxy before it, is not in order: mend that, and run the same command again."
 _WITH_CONDITIONS = "Put the registry into a store that has them (Amazon, Google, Azure, MinIO, R2), or into a folder."
 
 _probed: set[tuple[int, str, str | None]] = set()
@@ -150,10 +151,12 @@ class CloudStore(Store):
 
         for attempt in range(_ATTEMPTS):
             problem: Exception | None = None
+            is_done = False
             try:
                 result = obstore.put(self._connection.objects, path, data, mode="create", use_multipart=False)
                 if _is_md5_of(result["e_tag"], data):
                     return True
+                is_done = True
             except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError) as error:
                 raise self._connection.explained(error, path) from error
             except AlreadyExistsError:
@@ -161,11 +164,14 @@ class CloudStore(Store):
             except BaseError as error:
                 problem = error
             with suppress(FileNotFoundError):
-                return self.get(path) == data
+                is_ours = self.get(path) == data
+                if is_done and not is_ours:
+                    raise UserError(f"{self.describe(path)} has other bytes than were just written. {_IN_ORDER}")
+                return is_ours
             if problem is not None and attempt == _ATTEMPTS - 1:
                 raise self._connection.explained(problem, path) from problem
             time.sleep(0.1 * 2**attempt)  # deleted meanwhile, or the put failed: once more
-        raise UserError(f"{self.describe(path)} was reported as written and is not there. Is the store in order?")
+        raise UserError(f"{self.describe(path)} was reported as written and is not there. {_IN_ORDER}")
 
     def put_blob(self, file: Path, sha256: str) -> None:
         """Send a file, already hashed, as the blob `sha256`, unless it is there.
@@ -187,8 +193,8 @@ class CloudStore(Store):
                     raise
         found = self.stat(path)
         raise UserError(
-            f"{self.describe(path)} was sent with {size} bytes and has {found.size if found else 'none'}. "
-            "Is the store in order? Run the same command again."
+            f"{self.describe(path)} was sent with {size} bytes and has {found.size if found else 'none'}, or others. "
+            f"{_IN_ORDER}"
         )
 
     def _is_whole(self, path: str, sha256: str, size: int) -> bool:

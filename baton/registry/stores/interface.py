@@ -53,8 +53,12 @@ class Store(ABC):
     def walk(self, folder: str) -> Iterator[Entry]:
         """Every file at any depth under `folder`, sorted by path."""
 
-    def see_latest(self, folder: str) -> None:
+    def see_latest(self, folder: str) -> None:  # noqa: B027 - most stores have nothing to do
         """Make the next listing of `folder` complete, where a client remembers listings for a while, as NFS's does."""
+
+    def abort_unfinished(self, older_than_s: float, dry_run: bool = False) -> Sequence[str]:
+        """Give up uploads that nobody has gone on with for this long; returns what they were. For `gc`."""
+        return []
 
     @abstractmethod
     def put_if_absent(self, path: str, data: bytes) -> bool:

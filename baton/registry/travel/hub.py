@@ -241,9 +241,7 @@ def _commit(
     return str(info.oid)
 
 
-def _require_same(
-    repository: HubRepository, commit: str, folder: Path, files: list[str], stale: list[str]
-) -> None:
+def _require_same(repository: HubRepository, commit: str, folder: Path, files: list[str], stale: list[str]) -> None:
     present = repository.files(commit)
     problems = [f"{path} is still there" for path in stale if path in present]
     for path in files:

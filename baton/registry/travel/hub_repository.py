@@ -89,7 +89,6 @@ class HubRepository:
     @contextmanager
     def errors(self, revision: str | None = None) -> Iterator[None]:
         """Turn what the Hub and the network answer into UserErrors."""
-        import httpx2
         from huggingface_hub import errors
 
         try:
@@ -106,7 +105,7 @@ class HubRepository:
             ) from error
         except errors.HfHubHTTPError as error:
             raise UserError(self._http_message(error)) from error
-        except (httpx2.HTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:
+        except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError) as error:
             raise UserError(f"{self.url} cannot be reached ({error}). Check the network, and HF_ENDPOINT.") from error
         except (RuntimeError, ValueError) as error:
             # the client wraps what happened in an upload's thread, and says in a ValueError what it finds malformed

@@ -129,14 +129,12 @@ def promote_many(registry: str, name: str, alias: str, writer: str, count: str, 
 
     reg, moved = Registry(registry), 0
     for number in range(int(count)):
-        before = len(reg.alias_history(name, alias))
         try:
             record = reg.promote(f"{name}:{1 + (int(writer) + number) % 2}", alias, f"{writer}-{number}")
         except UserError as error:
             assert "look again" in str(error), error
             continue
-        moved += record["reason"] == f"{writer}-{number}"
-        assert len(reg.alias_history(name, alias)) > before or record["reason"] != f"{writer}-{number}"
+        moved += record["reason"] == f"{writer}-{number}"  # else it meant that version already
     Path(report).write_text(json.dumps(moved))
 
 

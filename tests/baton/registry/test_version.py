@@ -47,3 +47,13 @@ def test_a_registry_travels_between_processes_without_what_it_read(filled: Regis
     there = pickle.loads(pickle.dumps(version))
     assert there == version and there.registry.location and "manifest" not in vars(there.registry)
     assert there.registry._manifests == {} and there.manifest == version.manifest
+
+
+def test_versions_move_between_registries(filled: Registry, registry: Registry, tmp_path: Path) -> None:
+    version = filled.resolve("team/reward:1")
+    assert filled.push(version, registry).blobs_sent > 0 == registry.pull(filled, "team/reward:1").blobs_sent
+    assert registry.resolve("team/reward:1").digest == version.digest and registry.verify_all() == []
+    without = filled.resolve("team/base:1")
+    whole, rest = filled.export(version, tmp_path / "all.tar"), filled.export(version, tmp_path / "rest.tar", [without])
+    assert rest.size < whole.size
+    assert registry.import_bundle(tmp_path / "rest.tar")[-1].digest == version.digest

@@ -52,9 +52,8 @@ def test_every_section(registry: Registry, plant: Any) -> None:
             Entry("train.steps", "changed", 4, 6),
         ],
         "data": [
-            Entry("train a.jsonl #2: licence", "added", None, None),
-            Entry("train a.jsonl #2: rows", "added", None, 3),
-            Entry("train a.jsonl: rows", "changed", 10, 12),
+            Entry("train a.jsonl.rows", "changed", 10, 12),
+            Entry("train a.jsonl #2", "added", None, {"rows": 3}),
         ],
         "packages": [
             Entry("code.commit", "changed", "aaa", "bbb"),
@@ -78,12 +77,18 @@ def test_every_section(registry: Registry, plant: Any) -> None:
 
 
 def test_a_list_of_sections_is_compared_by_position(registry: Registry, plant: Any) -> None:
-    a = plant("team/m", recipe={"reward": [{"model": "x", "weight": 1.0}, {"model": "y"}], "flag": True})
-    b = plant("team/m", recipe={"reward": [{"model": "x", "weight": 2.0}], "flag": 1})
+    one = {"reward": [{"model": "x", "weight": 1.0}, {"model": "y"}], "flag": True, "null": None, "set": None}
+    a = plant("team/m", recipe=one | {"unset": 3, "list": [{"x": 1}]})
+    two = {"reward": [{"model": "x", "weight": 2.0}], "flag": 1, "set": 2, "unset": None, "ppo": {"lam": 1}}
+    b = plant("team/m", recipe=two | {"list": []})
     assert diff(registry, a, b, with_weights=False).sections["recipe"] == [
         Entry("flag", "changed", True, 1),
+        Entry("list", "changed", [{"x": 1}], []),
+        Entry("ppo", "added", None, {"lam": 1}),
         Entry("reward.0.weight", "changed", 1.0, 2.0),
-        Entry("reward.1.model", "removed", "y", None),
+        Entry("reward.1", "removed", {"model": "y"}, None),
+        Entry("set", "changed", None, 2),
+        Entry("unset", "changed", 3, None),
     ]
 
 

@@ -150,10 +150,14 @@ def test_short_texts() -> None:
     assert fit("漢字漢字", 5) == "漢字…" and cells("漢a") == 3
     assert escape("a<b>\x07&") == "a&lt;b&gt;\ufffd&amp;"
     assert plain("e\u0301 漢 🤖") == "e\u0301 漢 🤖" and plain("a\nb\u200b") == "a\ufffdb\ufffd"
+    assert source_line({"path": "p", "slice": [None, 5], "rows": 5, "licence": "mit"}) == "p  rows 0 to 5  mit"
+    assert source_line({"path": "p", "slice": [2, None]}) == "p  rows 2 to the end  licence unknown"
+    assert source_line({"path": "p", "use": "eval", "size": 12345}) == "p  (eval)  12,345 bytes  licence unknown"
     assert source_line("x") == "a source without a name  licence unknown"
     assert (number(1234), number(0.123456), number(10**30), number(-0.0)) == ("1,234", "0.1235", "1e+30", "-0")
     metrics = {"seconds": 9, "x_before": 1, "x": 2, "eval/loss": 3, "text": "t", "bad": float("inf"), "yes": True}
-    assert list(numbers_of(metrics)) == ["eval/loss", "x", "x_before", "seconds"]
+    metrics |= {"eval/eos_rate": 1, "eval/win_rate": 0.5}
+    assert list(numbers_of(metrics)) == ["eval/win_rate", "eval/loss", "eval/eos_rate", "x", "x_before", "seconds"]
 
 
 def test_chromium_draws_it(hostile: Graph, tmp_path: Path) -> None:

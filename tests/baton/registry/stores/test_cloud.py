@@ -119,7 +119,9 @@ def test_a_write_that_arrived_with_other_bytes_is_not_reported_as_done(
         return put(self, bucket, key, value.replace(b"mine", b"mIne"), *rest, **named)
 
     monkeypatch.setattr(type(object_server.backend), "put_object", flipped)
-    assert not store.put_if_absent("models/a/b/1.json", b"mine")
+    with pytest.raises(UserError, match="1.json has other bytes than were just written"):
+        store.put_if_absent("models/a/b/1.json", b"mine")
+    assert store.put_if_absent("models/a/b/2.json", b"his")
 
 
 def ignores_conditions(object_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ FILES = {"config.json": b'{"model_type": "made-up"}', "model.safetensors": EMPTY
 NO_DIGEST = "sha256:" + "0" * 64
 
 
-def manifest(files: dict[str, bytes], kind: str = "base", **changes: Any) -> dict[str, Any]:
+def manifest(files: dict[str, bytes], kind: str = "base", /, **changes: Any) -> dict[str, Any]:
     """A manifest of some files, as `publish` would write it; `changes` replace fields."""
     entries = [
         {"path": path, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
@@ -41,7 +41,7 @@ def manifest(files: dict[str, bytes], kind: str = "base", **changes: Any) -> dic
     } | changes
 
 
-def add(registry: Registry, name: str, files: dict[str, bytes], kind: str = "base", **changes: Any) -> Version:
+def add(registry: Registry, name: str, files: dict[str, bytes], kind: str = "base", /, **changes: Any) -> Version:
     """Register a made-up version as the next one of `name`."""
     content = manifest(files, kind, **changes)
     with registry.store.workspace() as folder:

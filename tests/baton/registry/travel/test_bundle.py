@@ -113,6 +113,21 @@ def test_without_what_the_receiver_has(folder_registry: Registry, registry: Regi
         bundle.export(folder_registry, base, file, [adapter])
 
 
+def test_what_is_collected_during_an_import_is_missed(
+    folder_registry: Registry, registry: Registry, tmp_path: Path
+) -> None:
+    base, adapter = add_family(folder_registry)
+    bundle.export(folder_registry, adapter, tmp_path / "x.tar", [base])
+    transfer.push(folder_registry, base, registry)
+
+    def collect(done: int, total: int) -> None:
+        registry.store.delete(f"blobs/sha256/{base.manifest['files'][0]['sha256']}")
+
+    with pytest.raises(UserError, match="lacks: the blob"):
+        bundle.import_bundle(registry, tmp_path / "x.tar", collect)
+    assert registry.models() == ["team/base"]
+
+
 def test_export_refuses_what_is_damaged_and_leaves_nothing(registry: Registry, tmp_path: Path) -> None:
     _, adapter = add_family(registry)
     (tmp_path / "out").mkdir()

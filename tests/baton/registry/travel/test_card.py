@@ -17,7 +17,7 @@ from tests.baton.registry.conftest import Folders
 
 HOSTILE = [
     "<script>alert(1)</script>",
-    '"\'><img src=x onerror=alert(1)>',
+    "\"'><img src=x onerror=alert(1)>",
     "[click](javascript:alert(1))",
     "![x](https://evil.example/x.png)",
     "https://evil.example www.evil.example <https://evil.example> me@evil.example",

@@ -152,9 +152,9 @@ def test_a_damaged_manifest_or_attestation_does_not_travel(folder_registry: Regi
         data = source.store.get(path)
         overwrite(source, path, data.replace(b"e", b"f"))
         with pytest.raises(UserError, match="damaged"):
-            transfer.push(Registry(source.location), adapter, target)
+            transfer.push(source, adapter, target)  # which has read the manifest before, when it was whole
         overwrite(source, path, data)
-    assert target.models() == []
+        assert target.models() == [] and target.verify_all() == []
 
 
 def test_a_cut_blob_over_there_is_sent_again(folder_registry: Registry, registry: Registry) -> None:
@@ -174,6 +174,39 @@ def test_a_pickle_that_someone_smuggled_in_does_not_travel(two: tuple[Registry, 
     with pytest.raises(UserError, match="the file model.safetensors is a pickle"):
         transfer.push(source, evil, target)
     assert paths(target) == ["registry.json"]
+
+
+def test_a_manifest_that_lies_about_a_size_does_not_travel(folder_registry: Registry, registry: Registry) -> None:
+    entry = {"path": "a", "sha256": hashlib.sha256(b"1").hexdigest(), "size": 2}
+    liar = add(folder_registry, "team/liar", {"a": b"1"}, files=[entry])
+    with pytest.raises(UserError, match="the file a is damaged: expected .* and 2 bytes, found .* and 1"):
+        transfer.push(folder_registry, liar, registry)
+    assert registry.models() == []
+
+
+def test_an_adapter_on_what_is_no_base_does_not_travel(folder_registry: Registry, registry: Registry) -> None:
+    head = add(folder_registry, "team/reward", {"a": b"1"}, "reward")
+    adapter = add(folder_registry, "team/adapter", {"b": b"2"}, "adapter", base=head.digest)
+    with pytest.raises(UserError, match="has a base of kind reward; expected base or merged"):
+        transfer.push(folder_registry, adapter, registry)
+    assert paths(registry) == ["registry.json"]
+
+
+def test_the_origin_is_said_once_even_if_the_first_push_broke_off(
+    folder_registry: Registry, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = add_family(folder_registry)
+
+    def fail(*arguments: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write", fail)
+        with pytest.raises(UserError, match="pushing team/base:1 to .* failed: no space left"):
+            transfer.push(folder_registry, base, registry)
+    assert registry.models() == []
+    transfer.push(folder_registry, base, registry)
+    assert len(attestations.of(registry, base.digest)) == 1
 
 
 def test_what_was_deleted_over_there_comes_back_only_when_asked_for(
