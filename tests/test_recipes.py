@@ -12,16 +12,19 @@ from pydantic.fields import FieldInfo
 
 from baton.chain import Options, plan, recipe_files, route_overrides
 from baton.data.formats import SERVES
+from baton.errors import UserError
 from baton.launch import PROGRAMS, config_value
 from baton.ppo_sections import RewardSource
 from baton.recipe import RECIPES, PPORecipe, Recipe, Source, Train, TrainedRecipe, load_recipe
+from baton.registry import Registry
 from tests.conftest import run_stage
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
 SHIPPED = sorted(FOLDER.glob("*/*.yaml"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
-BOTH = (ROOT / "README.md").read_text(encoding="utf-8") + README
+REGISTRY = (ROOT / "baton" / "registry" / "README.md").read_text(encoding="utf-8")
+BOTH = (ROOT / "README.md").read_text(encoding="utf-8") + README + REGISTRY
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", BOTH, re.MULTILINE | re.DOTALL)
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## )[\s\S])*)", README, re.MULTILINE))
 
@@ -168,6 +171,47 @@ def test_every_launch_of_the_readmes_names_a_program_and_a_valid_recipe() -> Non
             assert load_recipe(ROOT / recipe, overrides).stage == stage
 
 
+def test_every_other_baton_command_of_the_readmes_is_read() -> None:
+    """By the very parser of the command: each has its arguments, and no option that it does not know."""
+    from typer.main import get_command
+
+    from baton.cli import app
+
+    group: Any = get_command(app)
+    others = [words[1:] for words in commands() if words[:1] == ["baton"] and words[1] != "run"]
+    for name, *rest in others:
+        with group.commands[name].make_context(name, rest) as context:
+            assert context.params["registry"] == ".baton/registry", rest
+    assert {name for name, *_ in others} >= set(group.commands) - {"run"}, "a command that no README shows"
+
+
+def test_the_gate_of_the_readme_is_read(tmp_path: Path) -> None:
+    from baton.registry.trust.gates import load_gate
+    from tests.baton.registry.trust.made_up import make_key
+
+    (text,) = [text for language, text in BLOCKS if language == "yaml" and "approvals:" in text]
+    (tmp_path / "gate.yaml").write_text(text)
+    with pytest.raises(UserError, match="team.pub"):
+        load_gate(tmp_path / "gate.yaml")
+    make_key(tmp_path, "team")
+    gate = load_gate(tmp_path / "gate.yaml")
+    assert gate.lineage is not None and gate.approvals is not None and gate.signatures is not None
+
+
+def test_the_python_of_the_readme_runs(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, but for the names of the models and the number of tokens."""
+    (code,) = [text for language, text in BLOCKS if language == "python" and "apply_chat_template" in text]
+    chain = tiny_chain.copy(tmp_path)
+    (tmp_path / ".baton").mkdir()
+    (tmp_path / "registry").rename(tmp_path / ".baton" / "registry")
+    Registry(tmp_path / ".baton" / "registry").promote("tiny/policy:1", "prod", reason="the example names it so")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("micro/ppo", "tiny/policy").replace("=40", "=4"), "README.md", "exec"), {})
+    assert chain.versions["ppo"].digest in capsys.readouterr().out
+
+
 def test_benchmarks_of_the_readme_have_the_options_that_it_gives_them() -> None:
     found = [words for words in commands() if words[:1] == ["python"] and any("bench" in word for word in words)]
     assert len(found) == 3
@@ -197,7 +241,7 @@ def test_ppo_learns_from_the_rewards_of_the_readmes(
     tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both examples as a person would use them: a file in the current folder, named in the recipe."""
-    code = [text for language, text in BLOCKS if language == "python"]
+    code = [text for language, text in BLOCKS if language == "python" and text.startswith("def ")]
     assert len(code) == 2
     (tmp_path / "my_rules.py").write_text("\n\n".join(code))
     monkeypatch.chdir(tmp_path)

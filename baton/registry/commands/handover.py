@@ -110,7 +110,8 @@ def push(
         url = hub.push(reg, version, repo_id, private=not public, merge=merge, base_repo=base_repo, message=message)
         print_json({"ref": version.ref, "url": url}) if as_json else typer.echo(f"{version.ref} is at {url}")
         return
-    for flag, is_given in (("--merge", merge), ("--public", public), ("--base-repo", base_repo), ("--message", message)):
+    for_the_hub = {"--merge": merge, "--public": public, "--base-repo": base_repo, "--message": message}
+    for flag, is_given in for_the_hub.items():
         if is_given:
             raise UserError(f"{flag} is for the Hub (hf://org/name); the registry {target} gets it as it is.")
     from baton.registry.travel import transfer

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from baton.errors import UserError
 
-CHUNK_BYTES = 4 << 20
-CHUNKS_AHEAD = 4
-"""How many chunks the writing may be ahead of the hashing: what a copy holds in memory, whatever its size."""
+CHUNK_BYTES = 1 << 20
+BUFFERS = 8
+"""How many chunks the writing may be ahead of the hashing."""
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _FICLONE = 0x40049409  # Linux: share a file's extents until one side is written
 
@@ -35,13 +34,13 @@ def write_hashed(source: Path | bytes, target: Path, written: threading.Event | 
     written: set as soon as the bytes can be read at `target`, which is before they are hashed and on the disk.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "xb") as out:
+    with open(target, "xb", buffering=0) as out:
         if isinstance(source, bytes):
             found = _copy_hashing(io.BytesIO(source), out, written)
         else:
             # O_NOFOLLOW: the folder was checked for links, and must not gain one in between.
             descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with os.fdopen(descriptor, "rb", buffering=0) as file:
+            with io.FileIO(descriptor) as file:
                 assert stat.S_ISREG(os.fstat(descriptor).st_mode), source
                 found = _copy_hashing(file, out, written)
         # the file's bytes and size; nobody relies on its times
@@ -49,31 +48,41 @@ def write_hashed(source: Path | bytes, target: Path, written: threading.Event | 
     return found
 
 
-def _copy_hashing(source: BinaryIO | io.RawIOBase, out: BinaryIO, written: threading.Event | None) -> tuple[str, int]:
+def _copy_hashing(source: io.FileIO | io.BytesIO, out: io.FileIO, written: threading.Event | None) -> tuple[str, int]:
     """Copy to an empty file, by reflink where the file system can; a second thread hashes beside the writing."""
     digest, size = hashlib.sha256(), 0
     if isinstance(source, io.FileIO) and _reflink(out.fileno(), source.fileno()):
         if written:
             written.set()
         return file_sha256(Path(out.name)), os.fstat(out.fileno()).st_size
+    # The same few buffers again and again: at most these are in memory, however large the file, and none is allocated
+    # anew, which would cost more than the copying.
+    buffers = deque([bytearray(CHUNK_BYTES)])
+    hashed: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as hashing:
-        # At most these chunks are in memory, however large the file: (bytes, the hashing of it).
-        waiting: deque[Future[None]] = deque()
-        while chunk := source.read(CHUNK_BYTES):
-            waiting.append(hashing.submit(digest.update, chunk))
-            out.write(chunk)
-            size += len(chunk)
-            if len(waiting) > CHUNKS_AHEAD:
-                waiting.popleft().result()
-        out.flush()
+        while count := source.readinto(buffers[0]):
+            chunk = memoryview(buffers[0])[:count]
+            hashed.append(hashing.submit(digest.update, chunk))
+            _write_all(out, chunk)
+            size += count
+            if len(buffers) < BUFFERS:
+                buffers.appendleft(bytearray(CHUNK_BYTES))
+            else:
+                hashed.popleft().result()  # the oldest buffer's, which is filled next
+                buffers.rotate(1)
         if written:
             written.set()
     return digest.hexdigest(), size
 
 
+def _write_all(out: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[out.write(data) or 0 :]
+
+
 def clone_or_copy(source: Path, target: Path) -> str:
     """Reflink or copy a file to a new one, synced, never linked; returns the hex digest of what was written."""
-    with open(source, "rb", buffering=0) as blob, open(target, "xb") as out:
+    with open(source, "rb", buffering=0) as blob, open(target, "xb", buffering=0) as out:
         found, _ = _copy_hashing(blob, out, None)
         os.fsync(out.fileno())  # a stamp must not outlive the content that it vouches for
     return found

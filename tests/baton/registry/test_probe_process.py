@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def test_a_fork_that_is_killed_is_named_and_the_next_one_answers(
     """As the kernel does where memory runs out; a FIFO keeps the fork waiting meanwhile."""
     import threading
 
-    (tmp_path / "model").mkdir()
+    shutil.copytree(made.base, tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
     os.mkfifo(tmp_path / "model" / "config.json")
 
     def kill() -> None:
