@@ -77,8 +77,9 @@ class Programs:
         return message
 
     def stored(self) -> list[str]:
-        """Every file of the registry."""
-        return sorted(str(path) for path in (self.root / "registry").rglob("*") if path.is_file())
+        """Every file of the registry, but for the lease that a run holds until its process ends."""
+        found = (path for path in (self.root / "registry").rglob("*") if path.parent.name != "leases")
+        return sorted(str(path) for path in found if path.is_file())
 
     def write(self, name: str, *rows: dict[str, Any]) -> str:
         """A data file beside the recipes; returns the override's spelling of its path."""
