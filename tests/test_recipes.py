@@ -214,7 +214,7 @@ def test_the_python_of_the_readme_runs(
 
 def test_benchmarks_of_the_readme_have_the_options_that_it_gives_them() -> None:
     found = [words for words in commands() if words[:1] == ["python"] and any("bench" in word for word in words)]
-    assert len(found) == 3
+    assert len(found) == 5
     for words in found:
         name = next(word for word in words if "bench" in word)
         source = (ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")).read_text()
