@@ -114,9 +114,21 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-        print(f"{red}error:{plain} {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        # What no command foresaw of a disk that is full or a folder that is closed.
+        from baton.registry.stores.files import storage_error
+
+        told = storage_error(error)
+        if told is None:
+            raise
+        _fail(told)
+
+
+def _fail(message: str) -> None:
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

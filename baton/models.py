@@ -95,5 +95,4 @@ def load_scorer(registry: Registry, version: Version, dtype: str = "auto") -> tu
 
 def base_folder(registry: Registry, version: Version) -> Path:
     """The materialised folder of the base under `version` (itself, when it is no adapter)."""
-    digest = version.manifest["base"]
-    return registry.materialise(registry.by_digest(digest) if digest else version)
+    return registry.base_folder(version)

@@ -22,7 +22,7 @@ from baton.recipe import TrainedRecipe, load_recipe
 from baton.registry import Registry, Version
 from baton.registry.care.leases import Lease
 from baton.registry.reference import check_alias, check_name
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ class Run(Generic[T]):
             staged = self.folder / f"publish-{kind}"
             shutil.rmtree(staged, ignore_errors=True)
             try:
-                with full_disk_is_user_error(f"writing {staged} failed, and nothing was published"):
+                with storage_errors_are_user_errors(f"writing {staged} failed, and nothing was published"):
                     staged.mkdir(parents=True)
                     write(staged)
                 target, label = name or self.recipe.publish.name, alias or self.recipe.publish.alias

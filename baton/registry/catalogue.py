@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from baton.registry.care.repair import fsck
 from baton.registry.care.verify import Verification
 from baton.registry.history.lineage import lineage
 from baton.registry.stores import Store, is_url, open_store
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.trust import attestations, promotion
 from baton.registry.trust.attestations import Attestation
 from baton.registry.version import Version
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from baton.registry.travel import bundle, transfer
 
 FORMAT = "baton.registry/1"
+_READ_AT_A_TIME = 500
 
 
 class Registry:
@@ -54,9 +55,8 @@ class Registry:
 
     def models(self, with_deleted: bool = False) -> list[str]:
         """The names of all models, sorted; with_deleted: those too whose every version was deleted."""
-        teams = self.store.list("models")
-        names = [f"{team}/{name}" for team in teams for name in self.store.list(f"models/{team}")]
-        return [name for name in names if (self.all_numbers(name) if with_deleted else self.numbers(name))]
+        found = records.listed(self.store)
+        return [name for name, model in found.items() if with_deleted or set(model.given) - model.deleted]
 
     def numbers(self, name: str) -> list[int]:
         """The version numbers of a model, ascending, without those that were deleted and without reading any."""
@@ -85,17 +85,32 @@ class Registry:
         self._records |= {(name, number): record for number, record in found.items()}
         return {number: self._records[name, number] for number in numbers}
 
+    def every_record(self, with_deleted: bool = False) -> Iterator[tuple[str, int, dict[str, Any], bool]]:
+        """(name, number, version record, whether it was deleted) of all models, sorted; reads as it goes on."""
+        found = [
+            (name, number, number in model.deleted)
+            for name, model in records.listed(self.store).items()
+            for number in model.given
+            if with_deleted or number not in model.deleted
+        ]
+        for start in range(0, len(found), _READ_AT_A_TIME):
+            some = found[start : start + _READ_AT_A_TIME]
+            unread = [one[:2] for one in some if one[:2] not in self._records]
+            self._records |= records.read_versions(self.store, unread)
+            # One that is missing or damaged is refused when it is its turn.
+            yield from ((name, number, self._record(name, number), is_deleted) for name, number, is_deleted in some)
+
     def aliases(self, name: str) -> dict[str, int]:
-        """Each alias of a model with the version number that it means now."""
+        """Each alias of a model with the version number that it means now; none that means nothing any more."""
         found = {}
         for alias in records.alias_names(self.store, name):
             folder = records.alias_folder(name, alias)
             if moves := records.numbers(self.store, folder):
-                found[alias] = int(records.read(self.store, folder, moves[-1], "to")["to"])
-        return found
+                found[alias] = records.read(self.store, folder, moves[-1], "to")["to"]
+        return {alias: number for alias, number in found.items() if number is not None}
 
     def alias_history(self, name: str, alias: str) -> list[dict[str, Any]]:
-        """Every move of an alias, oldest first: `{to, previous, reason, by, time, …}`."""
+        """Every move of an alias that is there, oldest first: `{to, previous, reason, by, time, …}`."""
         reference.check_alias(alias)
         folder = records.alias_folder(name, alias)
         return list(records.read_all(self.store, folder, records.numbers(self.store, folder), "to").values())
@@ -117,7 +132,8 @@ class Registry:
         assert parsed.alias is not None
         folder = records.alias_folder(parsed.name, parsed.alias)
         moves = records.numbers(self.store, folder)
-        if not moves:
+        means: int | None = records.read(self.store, folder, moves[-1], "to")["to"] if moves else None
+        if means is None:
             self._require_model(parsed.name)
             aliases = self.aliases(parsed.name)
             known = nearest(parsed.alias, list(aliases)) or sorted(aliases)[:10]
@@ -126,15 +142,19 @@ class Registry:
                 f"{parsed.name} has no alias {parsed.alias!r}; aliases: {listed}; "
                 f"versions: {_span(self.numbers(parsed.name))}."
             )
-        return self._by_number(parsed.name, records.read(self.store, folder, moves[-1], "to")["to"])
+        return self._by_number(parsed.name, means)
 
     def by_digest(self, digest: str) -> Version:
         """A version with this manifest digest, the first by name and number; a deleted one when there is no other."""
-        for with_deleted in (False, True):
-            for name in self.models():
-                for number, record in self.version_records(name, with_deleted).items():
-                    if record["digest"] == digest:
-                        return Version(name, number, digest, self)
+        deleted: Version | None = None
+        for name, number, record, is_deleted in self.every_record(with_deleted=True):
+            if record["digest"] == digest:
+                version = Version(name, number, digest, self)
+                if not is_deleted:
+                    return version
+                deleted = deleted or version
+        if deleted:
+            return deleted
         raise UserError(f"no version in {self.location} has the digest {digest}.")
 
     def manifest(self, digest: str) -> dict[str, Any]:
@@ -157,9 +177,8 @@ class Registry:
     def references(self) -> dict[str, list[str]]:
         """Every manifest digest with the references that have it."""
         found: dict[str, list[str]] = {}
-        for name in self.models():
-            for number, record in self.version_records(name).items():
-                found.setdefault(record["digest"], []).append(f"{name}:{number}")
+        for name, number, record, _ in self.every_record():
+            found.setdefault(record["digest"], []).append(f"{name}:{number}")
         return found
 
     def publish(
@@ -204,6 +223,17 @@ class Registry:
         found, base_folder = self._cached(version)
         replay(found, base_folder)
         return found
+
+    def base_folder(self, version: Version) -> Path:
+        """The cached folder of the base that an adapter is put on, or of the version, when it loads by itself.
+
+        The base is held against the policy too; without one no name of it, which takes a search, is needed.
+        """
+        if self._has_policy():
+            for one in [version, *([self.by_digest(version.base)] if version.base else [])]:
+                self._check_policy(one)
+        folder, base_folder = self._cached(version)
+        return base_folder or folder
 
     def merge(self, version: Version, folder: str | Path) -> Path:
         """Merge an adapter, reward or value version into its base, as a plain model in `folder`."""
@@ -323,9 +353,12 @@ class Registry:
         folder = materialise.into_cache(self.store, version.digest, version.manifest, base_folder)
         return folder, base_folder
 
+    def _has_policy(self) -> bool:
+        return bool(self.store.list("policies")) or "BATON_POLICY" in os.environ
+
     def _check_policy(self, version: Version) -> None:
         # Reading a policy takes pydantic: only where there is one, so that a second look at a version is instant.
-        if self.store.list("policies") or "BATON_POLICY" in os.environ:
+        if self._has_policy():
             from baton.registry.trust import policy
 
             policy.check_loading(self, version)
@@ -341,8 +374,9 @@ class Registry:
 def _open(location: str | Path, create: bool) -> Store:
     store = open_store(location)
     folder = Path(location).expanduser()
-    if not is_url(str(location)) and folder.exists() and not folder.is_dir():
-        raise UserError(f"{location} is not a registry but a file; name a folder.")
+    with storage_errors_are_user_errors(f"opening the registry {location} failed"):
+        if not is_url(str(location)) and folder.exists() and not folder.is_dir():
+            raise UserError(f"{location} is not a registry but a file; name a folder.")
     names = store.list("")
     if "registry.json" not in names:
         if set(names) - {"tmp"}:  # tmp/ alone: another process is just making it
@@ -352,7 +386,7 @@ def _open(location: str | Path, create: bool) -> Store:
             )
         if not create:
             raise UserError(f"there is no registry at {location}. Publishing there makes one; or name another.")
-        with full_disk_is_user_error(f"making the registry {location} failed"):
+        with storage_errors_are_user_errors(f"making the registry {location} failed"):
             store.require_conditional_writes()
             store.put_if_absent(
                 "registry.json", records.sealed("registry.json", {"format": FORMAT, "id": uuid.uuid4().hex})

@@ -97,7 +97,8 @@ def check_merged(folder: Path, digest: str, base: "Version", base_folder: Path) 
 
     digest: of the folder's tokenizer.
     """
-    ours, theirs = weights.find_model(folder), weights.find_model(base_folder)
+    found_in_folder, theirs = weights.find_model(folder), weights.find_model(base_folder)
+    ours = {weights.stored_name(name, theirs) or name: place for name, place in found_in_folder.items()}
     common = [name for name in ours if name in theirs]
     sizes = [sum(places[name].num_bytes for name in common) for places in (ours, theirs)]
     if common and sizes[0] > _WIDER * sizes[1] and all(ours[name].shape == theirs[name].shape for name in common):
@@ -107,7 +108,8 @@ def check_merged(folder: Path, digest: str, base: "Version", base_folder: Path) 
             f"{folder} takes {sizes[0]:,} bytes where its base {base.ref} takes {sizes[1]:,}: it is stored as {found}, "
             f"the base as {wanted}. Cast it to the base's dtype and save it again.",
         )
-    if HEAD not in set(ours) - set(theirs) and not any(differs(ours[n], theirs[n]) for n in _quick_first(common)):
+    has_new_head = HEAD in set(ours) - set(theirs)
+    if common and not has_new_head and not any(differs(ours[n], theirs[n]) for n in _quick_first(common)):
         raise CheckFailed(
             "unchanged-merge",
             f"{folder} has the very weights of {base.ref}: nothing was merged into it, or what was merged was not "

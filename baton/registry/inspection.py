@@ -8,7 +8,7 @@ from typing import Any
 
 from baton.errors import UserError
 from baton.registry.checks import ADAPTER_CONFIG, CheckFailed, check_rows, require_base_in_place
-from baton.registry.manifest import is_safe_path
+from baton.registry.manifest import is_safe_path, lies_in_base
 from baton.registry.pickles import why_pickle
 from baton.registry.version import ADAPTER_KINDS, HEAD_KINDS, KINDS, WHOLE_KINDS, Version
 from baton.registry.vocabulary import read_json, special_tokens, token_ids
@@ -132,8 +132,10 @@ def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tenso
         if name not in paths:
             raise UserError(f"{folder} has no {name}; kind {kind} is a PEFT adapter's folder (save_pretrained).")
     # `get` puts the base at base/: publishing it again would send the whole model as part of the adapter.
-    if any(path.startswith("base/") for path in paths):
-        raise UserError(f"{folder / 'base'} lies in an adapter's folder; move it out and publish again.")
+    for path in filter(lies_in_base, paths):
+        raise UserError(
+            f"{folder / path.partition('/')[0]} lies in an adapter's folder; move it out and publish again."
+        )
     if not isinstance(read_json(folder / ADAPTER_CONFIG).get("peft_type"), str):
         raise UserError(f"{folder / ADAPTER_CONFIG} has no peft_type; expected PEFT's adapter configuration.")
     tensors = read_header(folder / ADAPTER_WEIGHTS)

@@ -23,6 +23,9 @@ _PATH_KEYS = (
 _DATA = ("tokenizer.json", "vocab.json", "added_tokens.json")
 _TOKENS = ("content", "chat_template", "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens")
 _MAX_BYTES = 64 << 20
+_MAX_TEXT = 4096
+_INSIDE = re.compile(r"(?:(?<==)|(?<=file://))/[^\s\"'=;,]+")
+"""A path in an address or a command's option."""
 
 
 def without_local_paths(path: Path, base: "Version | None") -> bytes | None:
@@ -57,15 +60,24 @@ def _without(value: Any) -> Any:
         return {key: item if skip else _without(item) for (key, item), skip in zip(kept.items(), is_token, strict=True)}
     if isinstance(value, list):
         return [_without(item) for item in value]
-    if isinstance(value, str) and _is_path_here(value):
-        return "…/" + PurePosixPath(value).name
+    if isinstance(value, str) and len(value) <= _MAX_TEXT:
+        return _shortened(value) if _is_path_here(value) else _INSIDE.sub(_shorten_match, value)
     return value
 
 
+def _shorten_match(match: re.Match[str]) -> str:
+    return _shortened(match[0]) if _is_path_here(match[0]) else match[0]
+
+
+def _shortened(path: str) -> str:
+    return "…/" + PurePosixPath(path).name
+
+
 def _is_path_here(value: str) -> bool:
-    if not os.path.isabs(value) or value.count("/") < 2 or re.search(r"\s", value) or len(value) > 4096:
+    if not os.path.isabs(value) or value.count("/") < 2 or "\0" in value:
         return False
-    return os.path.exists(value) or os.path.exists(os.path.dirname(value))
+    # A sentence may begin with a folder that is here: with spaces in it, it is a path only if there is such a file.
+    return os.path.exists(value) or (not re.search(r"\s", value) and os.path.exists(os.path.dirname(value)))
 
 
 def _model_card(path: Path, base: "Version | None") -> bytes | None:
@@ -73,7 +85,7 @@ def _model_card(path: Path, base: "Version | None") -> bytes | None:
     for name, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), ("config.json", "_name_or_path")):
         settings = read_json(path.parent / name) if (path.parent / name).is_file() else {}
         named = settings.get(key)
-        if _is_local(named):
+        if _is_local(named) and "/" in named:  # "." or "out" is in every other sentence
             card = card.replace(named, f"baton:{base.digest}" if base else f"…/{Path(named).name}")
     card = card.replace(str(path.parent.absolute()), f"…/{path.parent.name}")
     return None if card == text else card.encode("utf-8")

@@ -6,16 +6,19 @@ import math
 import os
 import re
 import unicodedata
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
 from baton.errors import UserError
+from baton.registry import manifest_fields
 from baton.registry.version import KINDS, WHOLE_KINDS
 
 FORMAT = "baton.manifest/1"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NONE = type(None)
+_MAX_PATH_BYTES, _MAX_NAME_BYTES = 1024, 255  # what every file system can store
 _FIELDS: dict[str, tuple[type, ...]] = {
     "format": (str,),
     "kind": (str,),
@@ -99,11 +102,11 @@ def _problems(manifest: Any, data: bytes) -> list[str]:
     for digest in [*digests, *manifest["parents"].values()]:
         if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
             problems.append(f"bad digest {digest!r}")
-    problems += _licence_problems(manifest["licences"])
+    problems += manifest_fields.problems(manifest)
     problems += _file_problems(manifest["files"])
     # `get` puts an adapter's base at base/.
-    if not problems and manifest["base"] and any(entry["path"].startswith("base/") for entry in manifest["files"]):
-        problems.append("an adapter with a file in base/")
+    if not problems and manifest["base"] and any(lies_in_base(entry["path"]) for entry in manifest["files"]):
+        problems.append("an adapter with a file at base or in base/")
     # One spelling only: otherwise the same version could have two digests.
     if not problems and not _is_canonical(manifest, data):
         problems.append("it is not canonical JSON")
@@ -115,14 +118,6 @@ def _is_canonical(value: Any, data: bytes) -> bool:
         return canonical(value) == data
     except (ValueError, RecursionError):  # no number, half a character, nested too deeply
         return False
-
-
-def _licence_problems(licences: dict[str, Any]) -> list[str]:
-    if set(licences) != {"models", "data"}:
-        return [f"field 'licences' has the keys {sorted(licences)}; expected models and data"]
-    if any(type(entries) is not list or any(type(e) is not str for e in entries) for entries in licences.values()):
-        return ["field 'licences' holds something else than lists of licences"]
-    return []
 
 
 def _file_problems(files: list[Any]) -> list[str]:
@@ -143,13 +138,25 @@ def _file_problems(files: list[Any]) -> list[str]:
             problems.append(f"file {path!r} has a bad sha256 {sha256!r}")
         if type(size) is not int or size < 0:
             problems.append(f"file {path!r} has a bad size {size!r}")
-    folders = {str(folder) for path in seen for folder in PurePosixPath(path).parents}
-    return problems + [f"{path!r} is a file and a folder" for path in sorted(seen & folders)]
+    # Sorted by their parts, what lies in a folder comes right after the file that has its name.
+    parts = sorted(path.split("/") for path in seen)
+    both = ["/".join(file) for file, following in pairwise(parts) if following[: len(file)] == file]
+    return problems + [f"{path!r} is a file and a folder" for path in both]
+
+
+def lies_in_base(path: str) -> bool:
+    """Whether a path is `base` or below it, on a file system that takes capitals for small letters too."""
+    return path.partition("/")[0].casefold() == "base"
 
 
 def is_safe_path(path: str) -> bool:
-    """Whether `path` is relative, stays below its folder and means the same on every system."""
-    if not path or not path.isprintable() or any(character in path for character in '\\:*?"<>|'):
+    """Whether `path` is relative, stays below its folder, and can be stored and means the same on every system."""
+    # Lengths first: no further look at a path of megabytes.
+    if not 0 < len(path) <= _MAX_PATH_BYTES:
+        return False
+    if not path.isprintable() or any(character in path for character in '\\:*?"<>|'):
+        return False
+    if len(path.encode()) > _MAX_PATH_BYTES or max(len(part.encode()) for part in path.split("/")) > _MAX_NAME_BYTES:
         return False
     pure = PurePosixPath(path)
     return not pure.is_absolute() and str(pure) == path and not {"..", "."} & set(pure.parts)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,8 @@ from typing import Any
 from baton.errors import UserError
 from baton.registry.checks import ADAPTER_CONFIG
 from baton.registry.stores import Store, blob_path
-from baton.registry.stores.files import file_sha256, full_disk_is_user_error, sync_folder
+from baton.registry.stores.files import file_sha256, storage_errors_are_user_errors, sync_folder
+from baton.registry.stores.scratch import move_contents, partial_folder, sweep_partial
 
 _COPIES_AT_ONCE = 4
 _configs: dict[str, bytes] = {}
@@ -34,8 +34,8 @@ def into_cache(store: Store, digest: str, manifest: dict[str, Any], base_folder:
     if target.is_dir() and _is_intact(target, stamp_path, expected):
         return target
     with (
-        full_disk_is_user_error(f"materialising {digest} in {target.parent} failed"),
-        aside(target) as folder,
+        storage_errors_are_user_errors(f"materialising {digest} in {target.parent} failed"),
+        partial_folder(target) as folder,
     ):
         expected = _write(store, manifest, folder, base_folder)
         while not _moved(folder, target):
@@ -60,7 +60,7 @@ def into_folder(
     gets the finished folder and its base's before they appear at `target`, and may raise.
     """
     target = target.absolute()
-    with full_disk_is_user_error(f"writing to {target} failed"), new_folder(target) as folder:
+    with storage_errors_are_user_errors(f"writing to {target} failed"), new_folder(target) as folder:
         if base is not None:
             _write(store, base, folder / "base", None)
         _write(store, manifest, folder, target / "base" if base is not None else None)
@@ -71,10 +71,12 @@ def into_folder(
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` at the end; raises UserError when `target` holds something."""
+    if target.is_dir():
+        sweep_partial(target)  # what a command that was killed left there: the same command then starts anew
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not an empty folder; name a new one.")
     if not target.exists():
-        with aside(target) as folder:
+        with partial_folder(target) as folder:
             yield folder
             try:
                 os.rename(folder, target)
@@ -82,22 +84,9 @@ def new_folder(target: Path) -> Iterator[Path]:
                 raise UserError(f"{target} appeared meanwhile; name a new folder.") from error
         return
     # An existing folder may be a mount or somebody's current directory: fill it instead of replacing it.
-    with aside(target / "content") as folder:
+    with partial_folder(target / "content") as folder:
         yield folder
-        for path in sorted(folder.iterdir(), key=lambda path: path.name in ("config.json", ADAPTER_CONFIG)):
-            os.rename(path, target / path.name)
-
-
-@contextmanager
-def aside(target: Path) -> Iterator[Path]:
-    """A fresh hidden folder beside `target`, removed at the end if it is still there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name[:16]}.partial-{uuid.uuid4().hex}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        move_contents(folder, target, is_last=lambda path: path.name in ("config.json", ADAPTER_CONFIG))
 
 
 def _moved(folder: Path, target: Path) -> bool:
@@ -113,7 +102,7 @@ def _moved(folder: Path, target: Path) -> bool:
 
 def _move_away(target: Path) -> None:
     # Moved before it is deleted: a process that reads the old folder keeps the files that it has open.
-    with aside(target) as old, suppress(FileNotFoundError):
+    with partial_folder(target) as old, suppress(FileNotFoundError):
         os.rename(target, old / "old")
 
 

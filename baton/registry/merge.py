@@ -9,10 +9,10 @@ from baton.registry import probe
 from baton.registry.checks import CheckFailed
 from baton.registry.materialise import copy_blob, new_folder
 from baton.registry.stores import Store
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.version import HEAD_KINDS, Version
 from baton.registry.vocabulary import TOKENIZER_FILES
-from baton.registry.weights import HEAD, Tensor, read_model
+from baton.registry.weights import Tensor, read_model, stored_name
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def merge(store: Store, version: Version, adapter: Path, base: Path, target: Pat
     from peft import PeftModel
 
     with (
-        full_disk_is_user_error(f"merging {version.ref} into {target} failed"),
+        storage_errors_are_user_errors(f"merging {version.ref} into {target} failed"),
         new_folder(target.absolute()) as folder,
         probe.quiet_loading(),
     ):
@@ -52,7 +52,7 @@ def merge(store: Store, version: Version, adapter: Path, base: Path, target: Pat
             )
         _cast(model, stored)
         model.save_pretrained(folder)
-        _require_dtypes(folder, stored)
+        _require_dtypes(folder, version, stored)
         _require_as_saved(folder, version, after, stored)
         for entry in version.manifest["files"]:
             if entry["path"] in TOKENIZER_FILES:
@@ -65,7 +65,8 @@ def _stored_dtype(name: str, stored: dict[str, Tensor]) -> "torch.dtype":
 
     # A new tensor (the score head) takes the dtype that most of the base has.
     usual = Counter(tensor.dtype for tensor in stored.values()).most_common(1)[0][0]
-    dtype: torch.dtype = getattr(torch, stored[name].dtype if name in stored else usual)
+    known = stored_name(name, stored)
+    dtype: torch.dtype = getattr(torch, usual if known is None else stored[known].dtype)
     return dtype
 
 
@@ -116,8 +117,12 @@ def _require_as_saved(folder: Path, version: Version, merged: dict[str, bytes], 
         )
 
 
-def _require_dtypes(folder: Path, stored: dict[str, Tensor]) -> None:
+def _require_dtypes(folder: Path, version: Version, stored: dict[str, Tensor]) -> None:
     for name, tensor in read_model(folder).items():
         wanted = str(_stored_dtype(name, stored)).removeprefix("torch.")
-        assert tensor.dtype == wanted, f"{name} was saved as {tensor.dtype}, not {wanted}"
-        assert name in stored or name in (HEAD, "lm_head.weight"), f"{name} is not a tensor of the base"
+        if tensor.dtype != wanted:
+            raise CheckFailed(
+                "doubled-dtype",
+                f"{version.ref}, merged, is saved with {name} as {tensor.dtype}, where its base has {wanted}; nothing "
+                "is written. Load the adapter on its base instead.",
+            )

@@ -8,10 +8,14 @@ of JSON. It ends when its standard input does: with its parent, however that end
 import atexit
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
-from typing import Any
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
 
 from baton.errors import UserError
 from baton.registry.checks import CheckFailed
@@ -30,6 +34,18 @@ _FAILED = (
 )
 
 
+_SLOW = (
+    "The probe's process has not answered within {seconds:.0f} s for {folder}, and was ended. See that the folder's "
+    "disk answers and that this machine has memory for the model in float32, then run the same command again."
+)
+_PATIENCE_S = 900
+_BYTES_PER_SECOND = 10 << 20  # of a model's files: far less than a disk and a processor manage together
+
+
+class _Ended(Exception):
+    """The process was ended before it was asked."""
+
+
 class ProbeProcess:
     """One such process, started at once."""
 
@@ -37,8 +53,10 @@ class ProbeProcess:
         """Returns before the process has imported anything."""
         self.owner = os.getpid()
         self._lock = threading.Lock()
+        self._asked = 0
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, json.dumps([os.path.abspath(entry) for entry in sys.path])],
+            bufsize=0,  # a request that was interrupted must not go out later
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # what goes wrong comes back as an answer
@@ -57,30 +75,68 @@ class ProbeProcess:
         return self._process.pid
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for its answer; raises what the answer says was raised."""
-        assert self._process.stdin and self._process.stdout
+        """Send a request and wait for its answer; raises what the answer says was raised.
+
+        What interrupts the waiting ends the process: its answer would be taken for that of the next request.
+        """
         with self._lock:
+            if self._process.stdin is None or self._process.stdin.closed:
+                raise _Ended
             try:
-                self._process.stdin.write(json.dumps(request).encode() + b"\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except BrokenPipeError:
-                line = b""
-        if not line:
-            raise UserError(_FAILED.format(code=f"exit code {self._process.wait()}", folder=request.get("folder")))
-        answer: dict[str, Any] = json.loads(line)
+                answer = self._exchange(request)
+            except BaseException:
+                self.close()
+                raise
         if error := answer.get("error"):
             raise _exception(error, request)
         return answer
 
+    def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        self._asked += 1
+        seconds = _seconds(request)
+        deadline = time.monotonic() + seconds
+        line = b""
+        with suppress(BrokenPipeError):
+            waiting = memoryview(json.dumps(request | {"id": self._asked}).encode() + b"\n")
+            while waiting:
+                _wait(self._process.stdin, select.POLLOUT, deadline, seconds, request)
+                waiting = waiting[os.write(self._process.stdin.fileno(), waiting[: select.PIPE_BUF]) :]
+            while not line.endswith(b"\n"):
+                _wait(self._process.stdout, select.POLLIN, deadline, seconds, request)
+                data = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not data:
+                    break
+                line += data
+        if not line.endswith(b"\n"):
+            raise UserError(_FAILED.format(code=f"exit code {self._process.wait()}", folder=request.get("folder")))
+        answer: dict[str, Any] = json.loads(line)
+        assert answer["id"] == self._asked, "an answer to another request"
+        return answer
+
     def close(self) -> None:
         """End the process and wait for it."""
+        if os.getpid() == self.owner:
+            self._process.kill()  # it has nothing to save, and may be importing still
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
                 pipe.close()
         if os.getpid() == self.owner:
-            self._process.kill()  # it has nothing to save, and may be importing still
             self._process.wait()
+
+
+def _wait(pipe: IO[bytes], event: int, deadline: float, seconds: float, request: dict[str, Any]) -> None:
+    poll = select.poll()  # not select, whose descriptors end at 1,024
+    poll.register(pipe, event)
+    if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+        raise UserError(_SLOW.format(seconds=seconds, folder=request.get("folder")))
+
+
+def _seconds(request: dict[str, Any]) -> float:
+    """How long an answer may take: a hung disk must not block a publish, and its lease, for ever."""
+    folders = [Path(folder) for folder in (request.get("folder"), request.get("base_folder")) if folder]
+    size = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
+    return _PATIENCE_S + size / _BYTES_PER_SECOND
 
 
 _current: ProbeProcess | None = None
@@ -100,7 +156,9 @@ def start() -> ProbeProcess:
 
 def ask(request: dict[str, Any]) -> dict[str, Any]:
     """Have a request answered by the process, which is started if there is none."""
-    return start().ask(request)
+    while True:
+        with suppress(_Ended):  # by another thread, whose request was interrupted
+            return start().ask(request)
 
 
 def close() -> None:

@@ -40,7 +40,9 @@ def serve() -> None:
         waiting += data
         while b"\n" in waiting:
             line, _, waiting = waiting.partition(b"\n")
-            answer = failed or json.loads(_answer_in_fork(line))
+            found, early = (json.dumps(failed).encode(), b"") if failed else _answer_in_fork(line)
+            waiting += early
+            answer = json.loads(found) | {"id": json.loads(line)["id"]}
             modules = answer.pop("modules", [])
             _write(answers, json.dumps(answer).encode() + b"\n")
             # What this kind of model needed, the next forks of it find imported: code, and nothing that was loaded.
@@ -57,7 +59,8 @@ def _warm_up() -> None:
         get_checkpoint_conversion_mapping("llama")
 
 
-def _answer_in_fork(line: bytes) -> bytes:
+def _answer_in_fork(line: bytes) -> tuple[bytes, bytes]:
+    """The answer to a request, and what of the next request came meanwhile."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -69,26 +72,27 @@ def _answer_in_fork(line: bytes) -> bytes:
         finally:
             os._exit(code)
     os.close(theirs)
-    found = b""
+    found = early = b""
     while True:
-        # The parent waits for this answer: what can be read from it now is only its end.
         ready, _, _ = select.select([0, ours], [], [])
         if ours in ready:
             data = os.read(ours, 1 << 16)
             if not data:
                 break
             found += data
-        elif not os.read(0, 1):
+        elif data := os.read(0, 1 << 16):
+            early += data
+        else:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             sys.exit(0)
     os.close(ours)
     _, status = os.waitpid(child, 0)
-    if found:
-        return found
     code = os.waitstatus_to_exitcode(status)
+    if code == 0:
+        return found, early
     reason = f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.strsignal(-code)})"
-    return json.dumps({"error": {"class": "Ended", "message": reason}}).encode()
+    return json.dumps({"error": {"class": "Ended", "message": reason}}).encode(), early
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from baton.registry.history import licences
 from baton.registry.inspection import ADAPTER_WEIGHTS, has_code, inspect, rows_of, vocabulary_size
 from baton.registry.local_paths import without_local_paths
 from baton.registry.reference import check_name
-from baton.registry.stores.files import full_disk_is_user_error, write_hashed
+from baton.registry.stores.files import storage_errors_are_user_errors, write_hashed
 from baton.registry.version import HEAD_KINDS, WHOLE_KINDS, Version
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def publish(
         probe_process.start()  # it imports torch while the files are copied
     ancestors = {version.digest for version in [*parents.values(), *([base] if base else [])]}
     with (
-        full_disk_is_user_error(f"publishing {name} to {registry.location} failed"),
+        storage_errors_are_user_errors(f"publishing {name} to {registry.location} failed"),
         lease(registry.store, f"publish {name}", ancestors) as held,
         registry.store.workspace() as aside,
         ThreadPoolExecutor(_COPIES_AT_ONCE) as copying,
@@ -59,7 +59,9 @@ def publish(
         copies = {path: _start_copy(copying, folder, path, aside, base) for path in paths}
         for copy in copies.values():
             copy.wait()
-        # What follows reads what was written, while its hashing and the disk are still at it.
+        # What follows reads what was written, while its hashing and the disk are still at it: the folder may have
+        # changed since it was looked at, and a trainer may be writing to it still.
+        _inspect_copies(folder, aside, paths, kind, base, allow_code)
         content = _describe(aside, kind, base) | circumstances
         if has_code(aside, paths):
             content["architecture"]["remote_code"] = True
@@ -76,6 +78,18 @@ def publish(
                 registry.store.put_blob(aside / entry["path"], entry["sha256"])
                 step("publish", "4-blob-stored")
         return _commit(registry, name, content)
+
+
+def _inspect_copies(
+    folder: Path, aside: Path, paths: list[str], kind: str, base: Version | None, allow_code: bool
+) -> None:
+    """Refuse copies that would have been refused in their folder, which is what the messages name."""
+    try:
+        copied = inspect(aside, kind, base, allow_code)
+    except UserError as error:
+        error.args = (str(error).replace(str(aside), str(folder)) + " It changed while it was being published.",)
+        raise
+    assert copied == paths, (copied, paths)
 
 
 def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version:
@@ -97,6 +111,7 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
     while True:
         # The number first: whoever takes a lower one with the same content is then among those that are compared.
         # A number that was just refused is taken, even where NFS still lists the folder without it.
+        registry.store.see_latest(folder)
         number = max([number, *registry.all_numbers(name)]) + 1
         existing = registry.find_same(name, stored)
         if existing:
@@ -104,6 +119,24 @@ def _commit(registry: "Registry", name: str, content: dict[str, Any]) -> Version
         if records.write(registry.store, folder, number, {"number": number, **record}):
             step("publish", "6-version-recorded")
             return Version(name, number, digest, registry)
+        if existing := _same_at(registry, name, number, stored):
+            return existing
+
+
+def _same_at(registry: "Registry", name: str, number: int, content: dict[str, Any]) -> Version | None:
+    """The version of that number, just taken by another publisher, if it is the same: no listing need show it yet."""
+    try:
+        record = records.read(registry.store, records.versions_folder(name), number, "digest")
+        if record.get("identity") != manifests.identity(content):
+            return None
+        taken = Version(name, number, record["digest"], registry)
+        recorded = taken.manifest["probe"]
+    except UserError:
+        return None  # damaged; that must not stop others from publishing
+    if registry.store.exists(records.record_path(records.tombstones_folder(name), number)):
+        return None
+    is_same = recorded["input_ids"] == content["probe"]["input_ids"]
+    return taken if is_same and probe.largest_difference(content["probe"]["expected"], recorded) is None else None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import re
 import uuid
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from baton.errors import UserError
 from baton.registry.manifest import canonical, digest_of
@@ -16,7 +16,7 @@ from baton.registry.reference import check_alias
 from baton.registry.stores import Store
 
 _RECORD = re.compile(r"([0-9]{7})\.json")
-_FIELD_TYPES = {"digest": str, "to": int, "why": str, "policy": dict}
+_FIELD_TYPES = {"digest": (str,), "to": (int, type(None)), "why": (str,), "policy": (dict,)}
 _RESTORE = "Restore it from a backup, or by `baton fsck --from REGISTRY`."
 
 
@@ -45,6 +45,28 @@ def numbers(store: Store, folder: str) -> list[int]:
     return [int(match[1]) for name in store.list(folder) if (match := _RECORD.fullmatch(name))]
 
 
+class Listed(NamedTuple):
+    """The numbers of a model's versions, ascending: all that were ever given, and those that were deleted."""
+
+    given: list[int]
+    deleted: set[int]
+
+
+def listed(store: Store) -> dict[str, Listed]:
+    """The models of a registry by name, sorted, by one listing; those without a version record are left out."""
+    found: dict[str, Listed] = {}
+    for path in sorted(store.paths("models")):
+        parts = path.split("/")
+        if len(parts) != 5 or not (match := _RECORD.fullmatch(parts[4])):
+            continue
+        model = found.setdefault(f"{parts[1]}/{parts[2]}", Listed([], set()))
+        if parts[3] == "versions":
+            model.given.append(int(match[1]))
+        elif parts[3] == "tombstones":
+            model.deleted.add(int(match[1]))
+    return {name: model for name, model in sorted(found.items()) if model.given}
+
+
 def read(store: Store, folder: str, number: int, field: str) -> dict[str, Any]:
     """One record, which must have `field` (digest, to, why or policy); raises UserError that names a damaged one."""
     path = record_path(folder, number)
@@ -57,7 +79,7 @@ def read(store: Store, folder: str, number: int, field: str) -> dict[str, Any]:
 def parse(store: Store, path: str, data: bytes, field: str) -> dict[str, Any]:
     """A record from its bytes; raises UserError that names a damaged one."""
     record = unsealed(path, data, store.describe(path))
-    if type(record.get(field)) is not _FIELD_TYPES[field]:
+    if field not in record or type(record[field]) not in _FIELD_TYPES[field]:
         raise UserError(f"{store.describe(path)} is damaged: no field {field!r}. Restore it from a backup.")
     return record
 
@@ -107,6 +129,16 @@ def read_sound(store: Store, folder: str, wanted: list[int], field: str) -> dict
     for path, data in store.get_many(list(paths)).items():
         with suppress(UserError):
             found[paths[path]] = parse(store, path, data, field)
+    return found
+
+
+def read_versions(store: Store, wanted: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Version records of many models by name and number, without those that are missing or damaged."""
+    paths = {record_path(versions_folder(name), number): (name, number) for name, number in wanted}
+    found = {}
+    for path, data in store.get_many(list(paths)).items():
+        with suppress(UserError):
+            found[paths[path]] = parse(store, path, data, "digest")
     return found
 
 

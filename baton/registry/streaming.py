@@ -48,6 +48,14 @@ class _Scratch:
     def _own(self, module: "torch.nn.Module") -> dict[str, Any]:
         return {name: p for name, p in module._parameters.items() if p is not None and p.dtype in self._narrow}
 
+    def _is_shown_in(self, output: Any) -> bool:
+        import torch
+
+        if isinstance(output, torch.Tensor):
+            return output.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+        items = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+        return any(self._is_shown_in(item) for item in items)
+
     def attach(self, module: "torch.nn.Module") -> None:
         """Take a module's own narrow parameters out of it, but for the time that it runs."""
         import torch
@@ -69,6 +77,9 @@ class _Scratch:
                 self._used += parameter.numel()
 
         def put_back(module: "torch.nn.Module", inputs: Any, output: Any) -> None:
+            if self._is_shown_in(output):
+                # The next layer's weights would overwrite it; the caller then loads the model in full.
+                raise RuntimeError(f"{type(module).__name__} gives a view of its own weights")
             module._parameters.update(absent)
             self._used -= count
 

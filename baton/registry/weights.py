@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,3 +161,18 @@ def embedding_rows(tensors: Mapping[str, Tensor | Place]) -> int | None:
         if name.endswith(EMBEDDINGS) and len(tensor.shape) == 2:
             return tensor.shape[0]
     return None
+
+
+def stored_name(name: str, stored: Collection[str]) -> str | None:
+    """What a tensor is called among `stored` names: some models are stored without the prefix they are saved with.
+
+    GPT-2's `transformer.wte.weight` is `wte.weight` on the Hub. None when there is no such tensor, or there are two.
+    """
+    if name in stored:
+        return name
+    inner = name.partition(".")[2]
+    # Never down to the last part: every layer has a `weight`.
+    if "." in inner and inner in stored:
+        return inner
+    longer = [other for other in stored if "." in name and other.partition(".")[2] == name]
+    return longer[0] if len(longer) == 1 else None

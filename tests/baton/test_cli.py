@@ -99,3 +99,22 @@ def test_the_message_is_red_in_a_terminal_alone(monkeypatch: pytest.MonkeyPatch,
             main()
         assert ended.value.code == 2
         assert capsys.readouterr().err.startswith(expected)
+
+
+def test_a_closed_folder_that_no_command_foresaw(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise PermissionError(13, "Permission denied", "/closed/file")
+
+    monkeypatch.setattr("baton.chain.run", refuse)
+    monkeypatch.setattr(sys, "argv", ["baton", "run", "x"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: permission denied") and "'/closed/file'" in said
+
+    def break_(*arguments: Any) -> int:
+        raise IsADirectoryError(21, "Is a directory", "x")
+
+    monkeypatch.setattr("baton.chain.run", break_)
+    with pytest.raises(IsADirectoryError):  # a defect stays a traceback
+        main()

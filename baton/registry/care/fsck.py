@@ -27,7 +27,7 @@ _TEXT, _COUNT = (str,), (int,)
 _RECORD_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "version": {"number": _COUNT, "digest": _TEXT, "kind": _TEXT, "identity": _TEXT, "by": _TEXT, "time": _TEXT},
     "tombstone": {"why": _TEXT, "by": _TEXT, "time": _TEXT},
-    "alias": {"to": _COUNT, "previous": (int, type(None)), "reason": _TEXT, "by": _TEXT, "time": _TEXT},
+    "alias": {"to": (int, type(None)), "previous": (int, type(None)), "reason": _TEXT, "by": _TEXT, "time": _TEXT},
 }
 
 
@@ -79,6 +79,7 @@ class _Check:
         self.store: Store = registry.store
         self.report = Report(whole_blobs=known_whole)
         self.found: list[tuple[str, str]] = []  # (path, message)
+        self.missed: set[str] = set()  # paths of manifests and blobs that were not there
         self.stored: dict[str, dict[str, Entry]] = {}  # by kind and path
         self.manifests: dict[str, _Facts | None] = {}  # by hex digest; None: damaged
         self.versions: dict[str, dict[int, dict[str, Any]]] = {}
@@ -108,6 +109,7 @@ class _Check:
         self._count_orphans(needed)
         if deep:
             self._replay_probes()
+        self._forget_collected()
         self.report.problems = [Problem(path, message, self._dependants(path)) for path, message in self.found]
         return self.report
 
@@ -201,7 +203,7 @@ class _Check:
         self._check_gaps(folder, numbers)
         for number, record in sorted(moves.items()):
             path = records.record_path(folder, number)
-            if record["to"] not in versions:
+            if record["to"] is not None and record["to"] not in versions:
                 self._add(path, f"{name}:{alias}, record {number}: no version {record['to']}")
             before = moves.get(number - 1, {}).get("to")
             if (number == 1 or number - 1 in moves) and record["previous"] != before:
@@ -210,13 +212,42 @@ class _Check:
                     f"{name}:{alias}, record {number}: says it replaced {record['previous']}, but {before} was there",
                 )
         last = moves.get(max(numbers, default=0))
-        if last and last["to"] in self.deleted.get(name, set()):
+        if last and last["to"] in self.deleted.get(name, set()) and self._means(name, alias, last["to"]):
             path = records.record_path(folder, max(numbers))
             self._add(
                 path,
                 f"{name}:{alias} means {name}:{last['to']}, which was deleted. Make it mean another version: "
                 f"`baton promote {name}:N {alias} --reason TEXT`",
             )
+
+    def _means(self, name: str, alias: str, number: int) -> bool:
+        """Whether an alias means this version now: it may have been moved before the version was deleted."""
+        try:
+            return self.registry.aliases(name).get(alias) == number
+        except UserError:
+            return True
+
+    def _forget_collected(self) -> None:
+        """Take back what was missed and only a version needed that has been deleted since its model was listed."""
+        if not self.missed:
+            return
+        for name in self.versions:
+            deleted = set(self.registry.deleted_numbers(name))
+            self.deleted[name] = self.deleted.get(name, set()) | deleted
+        self.__dict__.pop("_live", None)
+        needed: set[str] = set()
+        pending = list(self._live)
+        while pending:
+            digest = pending.pop()
+            if digest not in needed and (facts := self.manifests.get(digest)):
+                needed.update(sha256 for sha256, _, _ in facts.files)
+                pending += facts.parents
+            needed.add(digest)
+        self.found = [
+            (path, message)
+            for path, message in self.found
+            if path not in self.missed or layout.place(path)[1]["digest"] in needed
+        ]
 
     @cached_property
     def _live(self) -> dict[str, list[str]]:
@@ -244,6 +275,7 @@ class _Check:
                     # It may have been written after its folder was listed.
                     self._check_manifest(path, self.store.get(path))
                 except FileNotFoundError:
+                    self.missed.add(path)
                     self._add(path, f"{roles[digest]}: {self.store.describe(path)} is missing")
                 except UserError as error:
                     self._add(path, f"{roles[digest]}: {error}")
@@ -269,6 +301,7 @@ class _Check:
                 of = f" ({files[0][0]} of {self._name_of(files[0][2])})" if files else ""
                 if found is None:
                     if sha256 in needed:
+                        self.missed.add(path)
                         self._add(path, f"{where} is missing{of}")
                 elif found[0] != sha256:
                     self._add(path, f"{where} is damaged: expected sha256:{sha256}, found sha256:{found[0]}{of}")

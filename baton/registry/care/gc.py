@@ -39,6 +39,8 @@ class Report:
     deleted: list[Entry] = field(default_factory=list)
     num_young: int = 0  # files that nothing needs, left because they are younger than was asked
     num_spared: int = 0  # files that a program began to use while they were being collected
+    uploads: list[str] = field(default_factory=list)  # paths of blobs whose uploads nobody went on with
+    not_seen: str | None = None  # why unfinished uploads could not be looked for
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +60,8 @@ def collect(registry: "Registry", older_than_s: float, dry_run: bool = False) ->
     """Delete what nothing needs and is at least this old; raises UserError when damage hides what is needed.
 
     Versions are kept until they are deleted (tombstones.py), and their ancestors as long as something descends from
-    them. Records of versions, deletions, aliases and policies are never collected.
+    them. Records of versions, deletions, aliases and policies are never collected. Uploads to an object store that
+    nobody finished are given up after a day, however little `older_than_s` is: somebody may still be at them.
     """
     store = registry.store
     now = time.time() if dry_run else store_clock(store)
@@ -78,6 +81,11 @@ def collect(registry: "Registry", older_than_s: float, dry_run: bool = False) ->
         if not dry_run:
             store.delete(entry.path)
         report.deleted.append(entry)
+    try:
+        report.uploads += store.abort_unfinished(patience_s, dry_run)
+    except UserError as error:
+        # Listing uploads takes a permission of its own, and not every store can: what was collected is collected.
+        report.not_seen = str(error)
     if not dry_run:
         failpoints.step("gc", "5-finished")
     return report

@@ -46,14 +46,26 @@ class Marks:
 
     def read(self) -> Live:
         """What is live now; raises UserError when damage makes it impossible to know."""
+        before = None
+        while True:
+            try:
+                return self._read()
+            except UserError as error:
+                # Between two looks a version may have been deleted, or not after all, and been collected by another
+                # collector. What a second look finds unchanged is damage.
+                if str(error) == before:
+                    raise UserError(
+                        f"nothing is collected, because damage hides what is still needed: {error} "
+                        "`baton fsck` says more, and mends."
+                    ) from error
+                before = str(error)
+
+    def _read(self) -> Live:
         live = Live()
         # Leases first: a publisher lets go of its own only when its version is recorded.
         held = self._held(live)
         roots = {digest.removeprefix("sha256:") for digest in self._version_roots()}
-        try:
-            live.digests = held | self.manifests.closure(roots, must_exist=True)
-        except UserError as error:
-            raise _cannot_tell(error) from error
+        live.digests = held | self.manifests.closure(roots, must_exist=True)
         live.digests |= self.manifests.closure(held, must_exist=False)
         return live
 
@@ -70,13 +82,10 @@ class Marks:
                     store.see_latest(path)
                 for alias in records.alias_names(store, name):
                     store.see_latest(records.alias_folder(name, alias))
-                try:
-                    # A tombstone is believed only when it is whole.
-                    deleted = records.read_all(store, folder, registry.deleted_numbers(name), "why")
-                    found = registry.version_records(name, with_deleted=True)
-                    aliased = set(registry.aliases(name).values())
-                except UserError as error:
-                    raise _cannot_tell(error) from error
+                # A tombstone is believed only when it is whole.
+                deleted = records.read_all(store, folder, registry.deleted_numbers(name), "why")
+                found = registry.version_records(name, with_deleted=True)
+                aliased = set(registry.aliases(name).values())
                 roots |= {r["digest"] for number, r in found.items() if number not in deleted or number in aliased}
         return roots
 
@@ -87,9 +96,9 @@ class Marks:
         for path, data in found.items():
             try:
                 self._leases[path] = records.unsealed(path, data, self._store.describe(path))
-            except UserError as error:
+            except UserError:
                 if not self._is_old(path):
-                    raise _cannot_tell(error) from error
+                    raise
                 self._leases[path] = {"holds": [], "process": None}
         held: set[str] = set()
         for path in paths:
@@ -105,9 +114,3 @@ class Marks:
     def _is_old(self, path: str) -> bool:
         entry = self._store.stat(path)
         return entry is not None and self._now - entry.modified >= self._lease_age_s
-
-
-def _cannot_tell(error: UserError) -> UserError:
-    return UserError(
-        f"nothing is collected, because damage hides what is still needed: {error} `baton fsck` says more, and mends."
-    )

@@ -8,7 +8,7 @@ from baton.registry import records
 from baton.registry.care import layout
 from baton.registry.care.fsck import Report, check
 from baton.registry.stores import Store
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.trust import attestations
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _mend(registry: "Registry", source: "Registry", paths: list[str]) -> list[st
     for path in paths:
         kind, said = layout.place(path)
         try:
-            with full_disk_is_user_error(f"repairing {registry.location} failed"):
+            with storage_errors_are_user_errors(f"repairing {registry.location} failed"):
                 if kind == "blob":
                     done = _mend_blob(registry.store, source.store, said["digest"], path)
                 else:
@@ -74,7 +74,11 @@ def _mend_small(store: Store, source: Store, kind: str, said: dict[str, str], pa
             return False
     except UserError:
         return False
-    if store.exists(path) and store.get(path) == data:
-        return False  # it is as in the source: what is wrong with it is wrong there too
-    store.delete(path)
-    return store.put_if_absent(path, data)
+    try:
+        if store.get(path) == data:
+            return False  # it is as in the source: what is wrong with it is wrong there too
+    except FileNotFoundError:
+        return store.put_if_absent(path, data)
+    # In place: were it deleted first, a publisher could take its number in between.
+    store.replace(path, data)
+    return True

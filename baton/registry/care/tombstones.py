@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from baton.errors import UserError
 from baton.registry import provenance, records
 from baton.registry.care.descent import Manifests, descendants
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.version import Version
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Deletion:
 def delete(registry: "Registry", ref: str, why: str, by: str | None = None) -> Deletion:
     """Delete a version: nobody can resolve it any more, and `baton gc` frees what nothing else needs.
 
-    Raises UserError while an alias means it. What descends from it keeps working.
+    Raises UserError while an alias means it. What descends from it keeps working. For deletions and promotions of
+    one version at the same moment see trust/promotion.py.
     """
     if not why.strip():
         raise UserError("a deletion needs a reason, for whoever asks for this version later (--why TEXT).")
@@ -36,7 +37,7 @@ def delete(registry: "Registry", ref: str, why: str, by: str | None = None) -> D
     _require_no_alias(registry, version)
     record = {"why": why, "by": by or provenance.user(), "time": provenance.now()}
     folder = records.tombstones_folder(version.name)
-    with full_disk_is_user_error(f"deleting {version.ref} in {registry.location} failed"):
+    with storage_errors_are_user_errors(f"deleting {version.ref} in {registry.location} failed"):
         if not records.write(registry.store, folder, version.number, record):
             raise UserError(f"{version.ref} was deleted by somebody else meanwhile.")
     try:
@@ -48,6 +49,9 @@ def delete(registry: "Registry", ref: str, why: str, by: str | None = None) -> D
 
 
 def _require_no_alias(registry: "Registry", version: Version) -> None:
+    registry.store.see_latest(f"models/{version.name}/aliases")
+    for alias in records.alias_names(registry.store, version.name):
+        registry.store.see_latest(records.alias_folder(version.name, alias))
     aliases = [alias for alias, number in registry.aliases(version.name).items() if number == version.number]
     if aliases:
         named = ", ".join(f"{version.name}:{alias}" for alias in aliases)

@@ -108,7 +108,7 @@ def _moves(reg: Registry, name: str, number: int) -> list[str]:
     """Every move of an alias to or from a version, oldest first."""
     moves = [(alias, move) for alias in records.alias_names(reg.store, name) for move in reg.alias_history(name, alias)]
     return [
-        f"{move.get('time')}  {alias}: {move.get('previous') or 'none'} → {move['to']}  by {move.get('by')}: "
+        f"{move.get('time')}  {alias}: {move.get('previous') or 'none'} → {move['to'] or 'none'}  by {move.get('by')}: "
         f"{move.get('reason')}"
         for alias, move in sorted(moves, key=lambda one: str(one[1].get("time")))
         if number in (move["to"], move.get("previous"))

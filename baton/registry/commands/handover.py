@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 HUB = "hf://"
 AllowCodeOption = Annotated[
-    bool, typer.Option("--allow-code", help="Publish although loading it runs Python files of the folder (auto_map).")
+    bool,
+    typer.Option("--allow-code", help="Although it brings Python files, or asks a loader to run some (auto_map)."),
 ]
 
 
@@ -95,6 +96,7 @@ def push(
         str | None, typer.Option("--base-repo", help="To the Hub: org/name@COMMIT that holds an adapter's base.")
     ] = None,
     message: Annotated[str | None, typer.Option(help="To the Hub: the commit's message.")] = None,
+    allow_code: AllowCodeOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,6 +109,8 @@ def push(
         repo_id, _, revision = target.removeprefix(HUB).partition("@")
         if revision:
             raise UserError(f"{target} names a revision; a push makes a new one. Push to {HUB}{repo_id}.")
+        if allow_code:
+            raise UserError(f"--allow-code is for a registry that looks at what arrives; {target} gets it as it is.")
         url = hub.push(reg, version, repo_id, private=not public, merge=merge, base_repo=base_repo, message=message)
         print_json({"ref": version.ref, "url": url}) if as_json else typer.echo(f"{version.ref} is at {url}")
         return
@@ -117,7 +121,7 @@ def push(
     from baton.registry.travel import transfer
 
     with Bar(f"push {version.ref}", is_quiet=as_json) as bar:
-        report = transfer.push(reg, version, Registry(target, create=True), bar)
+        report = transfer.push(reg, version, Registry(target, create=True), bar, allow_code)
     _print_report(report, target, as_json)
 
 
@@ -137,7 +141,7 @@ def pull(
     if ref.startswith(HUB):
         _pull_from_hub(ref, source, name, kind, base, allow_code, registry, as_json)
         return
-    given = {"--name": name, "--kind": kind, "--base": base, "--allow-code": allow_code or None}
+    given = {"--name": name, "--kind": kind, "--base": base}
     for flag in (flag for flag, value in given.items() if value is not None):
         raise UserError(f"{flag} is for models of the Hub (hf://org/name@REVISION); {ref} keeps what it has.")
     if source is None:
@@ -147,7 +151,7 @@ def pull(
     with Bar(f"pull {ref}", is_quiet=as_json) as bar:
         there = Registry(source)
         version = there.resolve(ref)
-        report = transfer.push(there, version, Registry(registry, create=True), bar)
+        report = transfer.push(there, version, Registry(registry, create=True), bar, allow_code)
     _print_report(report, registry, as_json)
 
 
@@ -214,6 +218,7 @@ def export(
 
 def import_models(
     file: Annotated[str, typer.Argument(metavar="FILE.tar", help="What export wrote, or - for standard input.")],
+    allow_code: AllowCodeOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -222,7 +227,8 @@ def import_models(
 
     reg = Registry(registry, create=True)
     with Bar(f"import {file}", is_quiet=as_json) as bar:
-        versions = bundle.import_bundle(reg, sys.stdin.buffer if file == "-" else Path(file), bar)
+        stream = sys.stdin.buffer if file == "-" else Path(file)
+        versions = bundle.import_bundle(reg, stream, bar, allow_code)
     if as_json:
         print_json([{"ref": version.ref, "digest": version.digest} for version in versions])
     else:

@@ -89,12 +89,17 @@ def gc(
     if as_json:
         files = [{"path": entry.path, "bytes": entry.size} for entry in report.deleted]
         counts = {"bytes": report.num_bytes, "young": report.num_young, "spared": report.num_spared}
-        print_json({"dry_run": dry_run, "files": files, **counts})
+        uploads = {"uploads": report.uploads, "uploads_not_seen": report.not_seen}
+        print_json({"dry_run": dry_run, "files": files, **counts, **uploads})
         return
     for entry in report.deleted:
         typer.echo(f"{entry.size:>15,} {entry.path}")
     for folder, (count, size) in report.by_kind().items():
         typer.echo(f"{folder}: {count} file(s), {size:,} bytes")
+    for path in report.uploads:
+        typer.echo(f"unfinished upload of {path} {'would be ' if dry_run else ''}given up")
+    if report.not_seen:
+        typer.echo(f"unfinished uploads could not be looked for: {report.not_seen}", err=True)
     done = "would be removed" if dry_run else "removed"
     typer.echo(f"{len(report.deleted)} file(s), {report.num_bytes:,} bytes {done}")
     if report.num_young:

@@ -51,11 +51,9 @@ def aliases_of(registry: "Registry", refs: Iterable[str]) -> dict[str, list[str]
 
 
 def _each(registry: "Registry", with_deleted: bool) -> Iterator[tuple[str, Named]]:
-    for name in registry.models(with_deleted):
-        deleted = set(registry.deleted_numbers(name)) if with_deleted else set()
-        for number, record in registry.version_records(name, with_deleted).items():
-            by, time = _text(record, "by"), _text(record, "time")
-            yield record["digest"], Named(f"{name}:{number}", by, time, number in deleted)
+    for name, number, record, is_deleted in registry.every_record(with_deleted):
+        by, time = _text(record, "by"), _text(record, "time")
+        yield record["digest"], Named(f"{name}:{number}", by, time, is_deleted)
 
 
 def _text(record: dict[str, Any], field: str) -> str | None:

@@ -121,7 +121,7 @@ def _effective(registry: "Registry", version: Version) -> _Whole:
             f"{version.ref} is not a plain LoRA adapter, so it cannot be compared with a whole model as it is. Merge "
             f"it first (baton get {version.ref} DIR --merge), publish the result as kind merged, and compare that."
         )
-    places = find_model(registry.by_digest(version.base).folder())
+    places = find_model(registry.base_folder(version))
     if missing := sorted(set(lora.factors) - set(places)):
         raise UserError(f"{version.ref} changes {missing[0]}, which its base does not store. Merge and publish it.")
     return _Whole(places, lora)

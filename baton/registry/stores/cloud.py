@@ -144,6 +144,15 @@ class CloudStore(Store):
         self._require_probed()
         return self._create(path, data)
 
+    def replace(self, path: str, data: bytes) -> None:
+        """Write `path` at once over what lies there."""
+        import obstore
+
+        with self._connection.errors(path):
+            result = obstore.put(self._connection.objects, path, data, use_multipart=False)
+        if not _is_md5_of(result["e_tag"], data) and self.get(path) != data:
+            raise UserError(f"{self.describe(path)} has other bytes than were just written. {_IN_ORDER}")
+
     def _create(self, path: str, data: bytes) -> bool:
         """Put with `If-None-Match: *`, and look for ourselves whenever the answer is not a plain yes."""
         import obstore

@@ -18,7 +18,16 @@ from baton.errors import UserError
 CHUNK_BYTES = 1 << 20
 BUFFERS = 8
 """How many chunks the writing may be ahead of the hashing."""
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_FULL = ("no space left on the disk", "Nothing half-done is left; free some space and try again.")
+_FORBIDDEN = ("permission denied", "Ask its owner for the permission to do so, or use another place.")
+_REFUSALS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.EROFS: ("the file system is read-only", "Mount it for writing, or use another place."),
+    errno.ENAMETOOLONG: ("a name is too long for the file system", "Use a shorter one."),
+}
 _FICLONE = 0x40049409  # Linux: share a file's extents until one side is written
 
 
@@ -105,17 +114,36 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class StorageError(UserError):
+    """A place that is full or refuses; `told` says so without saying what was being done."""
+
+    def __init__(self, doing: str, told: str) -> None:
+        """doing: begins the message."""
+        super().__init__(f"{doing}: {told}")
+        self.told = told
+
+
+def storage_error(error: BaseException) -> str | None:
+    """What a person is told of a disk that is full or a place that refuses, and what to do; None for another error."""
+    if isinstance(error, StorageError):
+        return error.told  # whoever is further out knows better what was being done
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors reports the system's error as text inside an exception of its own.
+    if number is None and "No space left on device" in str(error):
+        number = errno.ENOSPC
+    if number not in _REFUSALS:
+        return None
+    found, advice = _REFUSALS[number]
+    return f"{found} ({error}). {advice}"
+
+
 @contextmanager
-def full_disk_is_user_error(doing: str) -> Iterator[None]:
-    """Turn "no space left" into a UserError that begins with `doing`."""
+def storage_errors_are_user_errors(doing: str) -> Iterator[None]:
+    """Turn a full disk, a missing permission, a read-only or a too long place into a UserError that begins so."""
     try:
         yield
     except Exception as error:
-        # safetensors reports the system's error as text inside an exception of its own.
-        is_full = isinstance(error, OSError) and error.errno in _FULL_DISK
-        if is_full or "No space left on device" in str(error):
-            raise UserError(
-                f"{doing}: no space left on the disk ({error}). "
-                "Nothing half-done is left; free some space and try again."
-            ) from error
+        told = storage_error(error)
+        if told is not None:
+            raise StorageError(doing, told) from error
         raise

@@ -53,6 +53,10 @@ class Store(ABC):
     def walk(self, folder: str) -> Iterator[Entry]:
         """Every file at any depth under `folder`, sorted by path."""
 
+    def paths(self, folder: str) -> Sequence[str]:
+        """The path of every file at any depth under `folder`, in any order."""
+        return [entry.path for entry in self.walk(folder)]
+
     def see_latest(self, folder: str) -> None:  # noqa: B027 - most stores have nothing to do
         """Make the next listing of `folder` complete, where a client remembers listings for a while, as NFS's does."""
 
@@ -67,6 +71,10 @@ class Store(ABC):
         A write whose answer was lost is recognised: True as well when the very same bytes lie there. Records carry a
         nonce, so that two writers never write the same bytes.
         """
+
+    @abstractmethod
+    def replace(self, path: str, data: bytes) -> None:
+        """Write `path` durably and at once over what lies there: for damaged records alone, which thus never lack."""
 
     @abstractmethod
     def put_blob(self, file: Path, sha256: str) -> None:

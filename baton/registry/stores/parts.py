@@ -87,9 +87,7 @@ def abort_unfinished(connection: Connection, older_than_s: float, dry_run: bool)
                 continue
             aborted.append(str(upload["Key"]).removeprefix(begin))
             if not dry_run:
-                client.abort_multipart_upload(
-                    Bucket=connection.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                )
+                client.abort_multipart_upload(Bucket=connection.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
     return aborted
 
 

@@ -130,6 +130,8 @@ class Reader:
         if size > limit:
             raise UserError(f"{self.where}: {path} would have {size} bytes; {limit} is the most that is read.")
         self._require(block, path, size)
+        if size < 0:  # spelled as a number below zero is
+            raise UserError(f"{self.where}: the header of {path} says {size} bytes.")
         return size
 
     def next(self, path: str, size: int) -> None:

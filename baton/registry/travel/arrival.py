@@ -13,6 +13,7 @@ from baton.registry.stores import blob_path, is_url
 from baton.registry.stores.files import file_sha256
 from baton.registry.travel.closure import Named
 from baton.registry.trust import attestations
+from baton.registry.trust.attestations import Attestation
 from baton.registry.version import WHOLE_KINDS, Version
 
 if TYPE_CHECKING:
@@ -71,33 +72,56 @@ def register(
     named: the versions to register, ancestors first; one that was deleted here comes back only as the last, which was
     asked for. origin: where they come from, without the reference. step: called after each, with "manifest",
     "attestation" or "version".
+
+    What was said over there is marked as such before it is here: an origin attestation lists it, and who published the
+    version over there. A bundle's author can write any name under an approval, and any registry's id.
     """
     for digest, data in stored.items():
-        registry.store.put_if_absent(manifests.manifest_path(digest), data)
-        registry.read_manifest(digest)  # an older copy under that name may have been damaged since
+        _store_manifest(registry, digest, data)
         step("manifest")
-    ours = registry.id
+    names = {one.digest: one for one in named}
+    said_of: dict[str, list[tuple[Attestation, bytes]]] = {digest: [] for digest in names}
     for subject, data in said:
         attestation = attestations.parse(data, subject, "an attestation on its way")
         # What was once sent from here and comes back did not originate over there.
-        if attestation.type == "origin" and attestation.body.get("registry") == ours:
-            continue
-        registry.store.put_if_absent(attestations.path_of(attestation), data)
-        step("attestation")
+        if attestation.type != "origin" or attestation.body.get("registry") != registry.id:
+            said_of.setdefault(subject, []).append((attestation, data))
+    for digest, arriving in said_of.items():
+        one = names.get(digest)
+        is_new = one is not None and _registered(registry, one, one is not named[-1]) is None
+        facts = {"ref": one.ref, "published_by": one.by} if one else {}
+        _say_origin(registry, digest, origin | facts, [attestation for attestation, _ in arriving], is_new)
+        for attestation, data in arriving:
+            registry.store.put_if_absent(attestations.path_of(attestation), data)
+            step("attestation")
     arrived = []
     for one in named:
-        is_ancestor = one is not named[-1]
-        if _registered(registry, one, is_ancestor) is None:
-            _say_origin(registry, one, origin)
-        arrived.append(_record(registry, one, is_ancestor))
+        arrived.append(_record(registry, one, one is not named[-1]))
         step("version")
     return arrived
 
 
-def _say_origin(registry: "Registry", one: Named, origin: dict[str, Any]) -> None:
-    body = origin | {"ref": one.ref}
-    if body not in [found.body for found in attestations.of(registry, one.digest, "origin")]:
-        attestations.attest(registry, one.digest, "origin", body)
+def _store_manifest(registry: "Registry", digest: str, data: bytes) -> None:
+    """Store a manifest whose digest was verified; over an older copy that was damaged since."""
+    path = manifests.manifest_path(digest)
+    registry.store.put_if_absent(path, data)
+    try:
+        registry.read_manifest(digest)
+    except UserError:
+        registry.store.replace(path, data)
+        registry.read_manifest(digest)
+
+
+def _say_origin(
+    registry: "Registry", digest: str, body: dict[str, Any], arriving: Sequence[Attestation], is_new: bool
+) -> None:
+    """Say where a version, or what is newly said of it, comes from, unless an earlier try has said so."""
+    here = {found.digest for found in attestations.of(registry, digest)}
+    new = {one.digest for one in arriving if one.type != "origin"} - here
+    origins = [found.body for found in attestations.of(registry, digest, "origin")]
+    is_said = any({key: value for key, value in known.items() if key != "attestations"} == body for known in origins)
+    if new - attestations.arrived(registry, digest) or (is_new and not is_said):
+        attestations.attest(registry, digest, "origin", body | {"attestations": sorted(new)})
 
 
 def _record(registry: "Registry", one: Named, with_deleted: bool) -> Version:

@@ -16,11 +16,12 @@ from baton.registry import failpoints, materialise
 from baton.registry import manifest as manifests
 from baton.registry.care.leases import lease
 from baton.registry.stores import blob_path
-from baton.registry.stores.files import CHUNK_BYTES, full_disk_is_user_error, sync_folder
+from baton.registry.stores.files import CHUNK_BYTES, storage_errors_are_user_errors, sync_folder
 from baton.registry.travel import arrival, transfer
 from baton.registry.travel.archive import Reader, Writer
 from baton.registry.travel.closure import blobs_of, manifests_below
 from baton.registry.travel.index import INDEX, MAX_INDEX_BYTES, Blob, File, Index, from_bytes, order, to_bytes
+from baton.registry.travel.looking import Sketches
 from baton.registry.trust import attestations, policy
 from baton.registry.version import Version
 
@@ -52,10 +53,11 @@ def export(
     file: a path, which is written aside and renamed, or a stream. without: versions that the receiver has; what they
     need is left out, and an import checks that it is there.
     """
+    policy.check_loading(registry, version)
     closure = manifests_below(version.digest, registry.manifest)
     arrival.require_bases(closure, registry.location)
     with (
-        full_disk_is_user_error(f"exporting {version.ref} failed"),
+        storage_errors_are_user_errors(f"exporting {version.ref} failed"),
         transfer.lease_if_writable(registry, f"export {version.ref}", [*closure, *blobs_of(closure.values())]),
     ):
         contents = _contents(registry, version, closure, list(without))
@@ -156,14 +158,17 @@ def _aside(file: Path) -> Iterator[tuple[BinaryIO, Path]]:
         aside.unlink(missing_ok=True)
 
 
-def import_bundle(registry: "Registry", source: Path | BinaryIO, watch: transfer.Watch | None = None) -> list[Version]:
+def import_bundle(
+    registry: "Registry", source: Path | BinaryIO, watch: transfer.Watch | None = None, allow_code: bool = False
+) -> list[Version]:
     """Register what a bundle holds, ancestors first; again: nothing changes. The last one is what was exported.
 
     source: a path, or a stream that need not be seekable. Until the last byte is verified nothing is written but to
-    the registry's workspace. Raises UserError for whatever differs by a bit from what `export` writes.
+    the registry's workspace. allow_code: let Python files and `auto_map` in, which Baton never runs.
+    Raises UserError for whatever differs by a bit from what `export` writes.
     """
     with (
-        full_disk_is_user_error(f"importing into {registry.location} failed"),
+        storage_errors_are_user_errors(f"importing into {registry.location} failed"),
         _opened(source) as (stream, where),
         registry.store.workspace() as folder,
     ):
@@ -179,6 +184,7 @@ def import_bundle(registry: "Registry", source: Path | BinaryIO, watch: transfer
         said = _receive_attestations(reader, index)
         _receive_blobs(reader, index, closure, folder, watch)
         reader.end()
+        _look(registry, index, closure, folder, allow_code, reader.where)
         return _publish(registry, index, stored, closure, said, folder, reader)
 
 
@@ -262,7 +268,8 @@ def _closure(registry: "Registry", index: Index, stored: dict[str, bytes], where
 
 
 def _not_sent(blobs: dict[str, dict[str, Any]], sent: Iterable[str]) -> list[Blob]:
-    return [Blob(sha256, entry["size"]) for sha256, entry in blobs.items() if sha256 not in set(sent)]
+    there = set(sent)
+    return [Blob(sha256, entry["size"]) for sha256, entry in blobs.items() if sha256 not in there]
 
 
 def _receive_attestations(reader: Reader, index: Index) -> list[tuple[str, bytes]]:
@@ -299,6 +306,21 @@ def _receive_blobs(
             os.fsync(out.fileno())
         arrival.require_sound(folder / file.sha256, entries[file.sha256], digest.hexdigest(), reader.where)
         failpoints.step("import", "2-file-verified")
+
+
+def _look(
+    registry: "Registry",
+    index: Index,
+    closure: dict[str, dict[str, Any]],
+    folder: Path,
+    allow_code: bool,
+    where: str,
+) -> None:
+    """Refuse a model that could not have been published here; its blobs are in `folder`."""
+    sketches = Sketches(registry, closure, folder)
+    for file in index.of_kind("blobs"):
+        sketches.keep(folder / file.sha256, file.sha256)
+    sketches.look({one.digest: one.ref for one in index.versions}, allow_code, where)
 
 
 def _publish(

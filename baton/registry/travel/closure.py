@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 
 class Named(NamedTuple):
-    """A manifest with the name and number that it has in the registry it comes from."""
+    """A manifest with the name and number that it has in the registry it comes from, and who published it there."""
 
     digest: str
     name: str
     number: int
+    by: str
 
     @property
     def ref(self) -> str:
@@ -82,5 +83,5 @@ def names_of(registry: "Registry", digests: Iterable[str]) -> dict[str, Named]:
                 continue  # a damaged record of another model is no reason to keep this one here
             for number, record in records.items():
                 if record["digest"] in wanted:
-                    found.setdefault(record["digest"], Named(record["digest"], name, number))
+                    found.setdefault(record["digest"], Named(record["digest"], name, number, str(record.get("by"))))
     return found

@@ -9,7 +9,7 @@ from baton.errors import UserError
 from baton.registry import manifest as manifests
 from baton.registry import materialise
 from baton.registry.inspection import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.travel.card import HubModel, card
 from baton.registry.travel.card_text import clean
 from baton.registry.travel.hub_repository import HubRepository, Listed, difference
@@ -61,7 +61,7 @@ def push(
     policy.check_loading(registry, version)
     hub_base = _base_on_hub(registry, version, base_repo)
     with (
-        full_disk_is_user_error(f"pushing {version.ref} to {repository.url} failed"),
+        storage_errors_are_user_errors(f"pushing {version.ref} to {repository.url} failed"),
         registry.store.workspace() as workspace,
     ):
         folder = workspace / "model"
@@ -110,7 +110,7 @@ def pull(
         raise UserError(repository.absent())
     listed = _safe(repository, repository.files(commit))
     with (
-        full_disk_is_user_error(f"pulling {repo_id} into {registry.location} failed"),
+        storage_errors_are_user_errors(f"pulling {repo_id} into {registry.location} failed"),
         registry.store.workspace() as workspace,
     ):
         fetched, folder = workspace / "fetched", workspace / "model"

@@ -161,7 +161,7 @@ def _problem_of_versions(versions: list[Any], paths: set[str]) -> str | None:
         return "it names no version"
     seen: set[str] = set()
     for one in versions:
-        if not _has(one, {"digest": str, "name": str, "number": int}) or not 0 < one["number"] < 10**7:
+        if not _has(one, {"digest": str, "name": str, "number": int, "by": str}) or not 0 < one["number"] < 10**7:
             return f"bad version {one!r}"
         try:
             check_name(one["name"])

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.errors import UserError
-from baton.registry import failpoints, materialise
+from baton.registry import failpoints, materialise, records
 from baton.registry.care.leases import Lease, lease
 from baton.registry.manifest import manifest_path, parse
 from baton.registry.stores import is_url
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.travel import arrival
 from baton.registry.travel.closure import Named, blobs_of, closure, manifests_below, names_of
+from baton.registry.travel.looking import Sketches
 from baton.registry.trust import attestations, policy
 from baton.registry.version import Version
 
@@ -43,18 +44,24 @@ class Report:
     bytes_total: int
 
 
-def pull(target: "Registry", source: "Registry", ref: str, watch: Watch | None = None) -> Report:
+def pull(
+    target: "Registry", source: "Registry", ref: str, watch: Watch | None = None, allow_code: bool = False
+) -> Report:
     """Bring the version that `ref` means in `source` into `target`, with all that it needs."""
-    return push(source, source.resolve(ref), target, watch)
+    return push(source, source.resolve(ref), target, watch, allow_code)
 
 
-def push(source: "Registry", version: Version, target: "Registry", watch: Watch | None = None) -> Report:
+def push(
+    source: "Registry", version: Version, target: "Registry", watch: Watch | None = None, allow_code: bool = False
+) -> Report:
     """Copy a version with its ancestors, attestations and names to another registry; again: nothing is sent.
 
     Every blob is hashed on its way: neither side's word is taken for what it holds. In `target` the version gets the
-    next number of its name, unless its digest is registered there already. Raises UserError when something is missing
+    next number of its name, unless its digest is registered there already. allow_code: let Python files and `auto_map`
+    travel, which Baton never runs. Raises UserError when something is missing
     or damaged; what was sent until then is not sent again.
     """
+    policy.check_loading(source, version)
     manifests = manifests_below(version.digest, source.manifest)
     named = named_of(source, version, manifests)
     arrival.require_bases(manifests, source.location)
@@ -62,12 +69,15 @@ def push(source: "Registry", version: Version, target: "Registry", watch: Watch 
     blobs = blobs_of(manifests.values())
     holds = [*manifests, *blobs]
     with (
-        full_disk_is_user_error(f"pushing {version.ref} to {target.location} failed"),
+        storage_errors_are_user_errors(f"pushing {version.ref} to {target.location} failed"),
         lease_if_writable(source, f"push {version.ref}", holds),
         lease(target.store, f"push {version.ref}", holds),
+        target.store.workspace() as folder,
     ):
         failpoints.step("push", "1-lease-taken")
-        sent = _send_blobs(source, target, blobs, watch)
+        sketches = Sketches(target, manifests, folder)
+        sent = _send_blobs(source, target, blobs, folder, sketches, watch)
+        sketches.look({one.digest: one.ref for one in named}, allow_code, source.location)
         stored = _read_manifests(source, manifests)
         arrived = arrival.register(
             target,
@@ -91,7 +101,8 @@ def named_of(source: "Registry", version: Version, manifests: Mapping[str, Any])
     """The version last, its ancestors that have a name before it."""
     names = names_of(source, manifests)
     ancestors = [names[digest] for digest in manifests if digest in names and digest != version.digest]
-    return [*ancestors, Named(version.digest, version.name, version.number)]
+    record = records.read(source.store, records.versions_folder(version.name), version.number, "digest")
+    return [*ancestors, Named(version.digest, version.name, version.number, str(record.get("by")))]
 
 
 @contextmanager
@@ -111,7 +122,12 @@ def lease_if_writable(source: "Registry", what: str, holds: Iterable[str]) -> It
 
 
 def _send_blobs(
-    source: "Registry", target: "Registry", blobs: Mapping[str, dict[str, Any]], watch: Watch | None
+    source: "Registry",
+    target: "Registry",
+    blobs: Mapping[str, dict[str, Any]],
+    folder: Path,
+    sketches: Sketches,
+    watch: Watch | None,
 ) -> dict[str, int]:
     """Copy those blobs that the target lacks; returns their sizes by hex digest."""
     sent: dict[str, int] = {}
@@ -119,13 +135,13 @@ def _send_blobs(
     changing = threading.Lock()
     is_failed = threading.Event()
 
-    def send(entry: dict[str, Any], folder: Path) -> None:
+    def send(entry: dict[str, Any]) -> None:
         nonlocal done
         if is_failed.is_set():
             return
         is_sent = not arrival.has_blob(target, entry["sha256"], entry["size"])
         if is_sent:
-            _send_blob(source, target, entry, folder / entry["sha256"])
+            _send_blob(source, target, entry, folder / entry["sha256"], sketches)
             failpoints.step("push", "2-blob-copied")
         with changing:
             done += entry["size"]
@@ -135,8 +151,8 @@ def _send_blobs(
                 watch(done, total)
 
     workers = CLOUD_WORKERS if is_url(source.location) or is_url(target.location) else 1
-    with target.store.workspace() as folder, ThreadPoolExecutor(workers) as pool:
-        tasks = [pool.submit(send, entry, folder) for entry in blobs.values()]
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = [pool.submit(send, entry) for entry in blobs.values()]
         try:
             for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
                 task.result()
@@ -145,9 +161,10 @@ def _send_blobs(
     return sent
 
 
-def _send_blob(source: "Registry", target: "Registry", entry: dict[str, Any], file: Path) -> None:
+def _send_blob(source: "Registry", target: "Registry", entry: dict[str, Any], file: Path, sketches: Sketches) -> None:
     materialise.copy_blob(source.store, entry, file)  # by digest
     arrival.require_sound(file, entry, entry["sha256"], source.location)
+    sketches.keep(file, entry["sha256"])
     target.store.put_blob(file, entry["sha256"])
     file.unlink(missing_ok=True)
 

@@ -23,7 +23,12 @@ def approve(
     write to the registry can make it.
     """
     by = provenance.user() if by is None else by.strip()
-    mine = (a for a in attestations.of(registry, version.digest, "approval") if (a.by, a.body) == (by, {"note": note}))
+    elsewhere = attestations.arrived(registry, version.digest)
+    mine = (
+        said
+        for said in attestations.of(registry, version.digest, "approval")
+        if (said.by, said.body) == (by, {"note": note}) and said.digest not in elsewhere
+    )
     approval = next(mine, None) or attestations.attest(registry, version.digest, "approval", {"note": note}, by)
     if key is not None:
         from baton.registry.trust import signing
@@ -50,12 +55,14 @@ def count(
 ) -> Count:
     """Count a version's approvals: only by `wanted` names, by others than who published it, signed by one of `keys`.
 
-    With keys, one key counts once whatever names it signs: a key is proof, a name is not.
+    With keys, one key counts once whatever names it signs: a key is proof, a name is not. Without, what was approved in
+    another registry does not count: who may write here did not write it.
     """
     publishers = {_same(name) for name in publishers_of(registry, version)} if not_by_publisher else set()
     names: dict[str, str] = {}
     used: set[str] = set()
     others = []
+    elsewhere = attestations.arrived(registry, version.digest)
     for approval in attestations.of(registry, version.digest, "approval"):
         name, by = _same(approval.by), approval.by
         signed_by = _keys_of(registry, approval, keys) if keys is not None else set()
@@ -65,6 +72,8 @@ def count(
             others.append(f"{by} published it")
         elif keys is not None and not signed_by:
             others.append(f"{by}'s is signed by none of the keys")
+        elif keys is None and approval.digest in elsewhere:
+            others.append(f"{by}'s came from another registry; it counts where the gate has keys that signed it")
         else:
             names.setdefault(name, by)
             used |= signed_by
@@ -73,8 +82,9 @@ def count(
 
 
 def publishers_of(registry: "Registry", version: Version) -> set[str]:
-    """Everybody who published this content, here or under another name."""
-    found = set()
+    """Everybody who published this content, here, under another name, or in a registry that it came from."""
+    origins = attestations.of(registry, version.digest, "origin")
+    found = {str(origin.body["published_by"]) for origin in origins if "published_by" in origin.body}
     for name in registry.models(with_deleted=True):
         for record in registry.version_records(name, with_deleted=True).values():
             if record["digest"] == version.digest:

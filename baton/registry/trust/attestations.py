@@ -1,6 +1,7 @@
 """Attestations: what somebody says of a version after it was published. Written once, found by its digest."""
 
 import json
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 TYPES = ("evaluation", "approval", "signature", "origin")
 """evaluation: metrics measured later; approval: by a person; signature: of a manifest; origin: where it came from."""
+_TRIES, _PAUSE_S = 30, 0.1
 _FIELDS = {"type": str, "subject": str, "by": str, "time": str, "body": dict}
 
 
@@ -39,9 +41,16 @@ def attest(registry: "Registry", subject: str, kind: str, body: dict[str, Any], 
     by = provenance.user() if by is None else by.strip()
     check_who(by)
     registry.manifest(subject)  # nothing is said of what is not there
-    record = {"type": kind, "subject": subject, "by": by, "time": provenance.now(), "body": body}
-    data = manifests.canonical(record)
-    attestation = parse(data, subject, "the new attestation")
+    elsewhere = arrived(registry, subject)
+    for _ in range(_TRIES):
+        record = {"type": kind, "subject": subject, "by": by, "time": provenance.now(), "body": body}
+        data = manifests.canonical(record)
+        attestation = parse(data, subject, "the new attestation")
+        if attestation.digest not in elsewhere:
+            break
+        time.sleep(_PAUSE_S)  # the very same was said over there in this second: ours must be told from it
+    else:
+        raise UserError(f"{by} said this at this time in another registry already; say it with another --note.")
     registry.store.put_if_absent(path_of(attestation), data)
     return attestation
 
@@ -75,6 +84,15 @@ def of(registry: "Registry", subject: str, kind: str | None = None) -> list[Atte
                 "Restore it from a backup or another registry."
             )
     return sorted((a for a in parsed if kind in (None, a.type)), key=lambda a: (a.time, a.digest))
+
+
+def arrived(registry: "Registry", subject: str) -> set[str]:
+    """The digests of what was said of a version in another registry and came here with it, by any origin's word.
+
+    Whoever may write there, or into a bundle, wrote the names in it: no gate here takes it for more than their claim.
+    """
+    listed = (found.body.get("attestations") for found in of(registry, subject, "origin"))
+    return {digest for digests in listed if isinstance(digests, list) for digest in digests if isinstance(digest, str)}
 
 
 def parse(data: bytes, subject: str, where: str) -> Attestation:

@@ -1,7 +1,7 @@
 """Evaluations: metrics that somebody measured of a version after it was published, beside its publisher's own."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,20 @@ _NOT_FINITE = ("nan", "inf", "-inf")  # as a manifest spells what JSON cannot sa
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's value, which may be nan, and who says so: a name, or `PUBLISHER`."""
+    """A metric's value, which may be nan, and who says so: a name, or `PUBLISHER`.
+
+    is_hearsay: it was measured in another registry, and signed by no key that is trusted. It can make a condition fail
+    and cannot make one hold.
+    """
 
     number: float
     by: str
+    is_hearsay: bool = False
 
     def __str__(self) -> str:
         """`0.75 by ann`."""
-        return f"{repr(self.number).removesuffix('.0')} by {self.by}"
+        text = f"{repr(self.number).removesuffix('.0')} by {self.by}"
+        return f"{text} (elsewhere, signed by none of the gate's keys)" if self.is_hearsay else text
 
 
 def record(
@@ -60,15 +66,17 @@ def parse_assignments(words: list[str]) -> dict[str, float]:
     return metrics
 
 
-def values(registry: "Registry", version: Version) -> dict[str, list[Value]]:
+def values(registry: "Registry", version: Version, keys: Sequence[str] = ()) -> dict[str, list[Value]]:
     """Every value of every metric: the publisher's first, then each evaluation's, oldest first.
 
     A later evaluation does not replace an earlier one, not even of the same person: else one could measure until
-    the number is good. Nested metrics are named by '/'. Raises UserError for an evaluation that it cannot read.
+    the number is good. Nested metrics are named by '/'. keys: public keys (PEM texts) whose signature makes an
+    evaluation from another registry count. Raises UserError for an evaluation that it cannot read.
     """
     found: dict[str, list[Value]] = {}
     for name, number in _numbers(version.manifest["metrics"]):
         found.setdefault(name, []).append(Value(number, PUBLISHER))
+    elsewhere = attestations.arrived(registry, version.digest)
     for said in attestations.of(registry, version.digest, "evaluation"):
         metrics = said.body.get("metrics")
         if not isinstance(metrics, dict):
@@ -77,8 +85,18 @@ def values(registry: "Registry", version: Version) -> dict[str, list[Value]]:
                 "no gate can be judged. Update Baton if a newer one wrote it."
             )
         for name, number in _numbers(metrics):
-            found.setdefault(name, []).append(Value(number, said.by))
+            is_hearsay = said.digest in elsewhere and not _is_signed(registry, said, keys)
+            found.setdefault(name, []).append(Value(number, said.by, is_hearsay))
     return found
+
+
+def _is_signed(registry: "Registry", said: Attestation, keys: Sequence[str]) -> bool:
+    if not keys:
+        return False
+    from baton.registry.trust import signing
+
+    checked = signing.verify_signatures(registry, said.subject, keys, of=said.digest)
+    return any(signature.problem is None for signature in checked)
 
 
 def _numbers(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -7,6 +7,9 @@
     approvals: {at_least: 2, from: [ann, bob, eve], not_by_publisher: true, keys: [ann.pub, bob.pub]}
     signatures: {at_least: 1, keys: [team.pub]}
 
+What was approved or measured in another registry, and came here with a bundle or a push, counts only when one of the
+gate's keys signed it; its measurements can make a condition fail all the same.
+
 A key is a PEM file beside the gate, or its text. `approvals.keys` makes every approval that counts a signed one:
 without it a name is only a claim of who may write to the registry, and so is the publisher's.
 """
@@ -121,6 +124,12 @@ class Gate(Strict):
         return self
 
     @property
+    def keys(self) -> list[str]:
+        """All its public keys, as PEM texts."""
+        parts = (self.approvals, self.signatures)
+        return [key for part in parts if part is not None for key in part.keys or []]
+
+    @property
     def digest(self) -> str:
         """`sha256:<hex>` of what it demands, keys included."""
         return manifests.digest_of(manifests.canonical(self.model_dump(mode="json", by_alias=True)))
@@ -181,9 +190,11 @@ def evaluate(registry: Registry, version: Version, gate: Gate, alias: str) -> li
     """Whether each condition of a gate holds of a version that `alias` of its model is to mean."""
     found = []
     if gate.metrics:
-        mine = evaluations.values(registry, version)
+        keys = gate.keys
+        mine = evaluations.values(registry, version, keys)
         current = _current(registry, version, alias)
-        found += [_metric(registry, conditions.parse(text), version, mine, alias, current) for text in gate.metrics]
+        theirs = {} if isinstance(current, str) else evaluations.values(registry, current, keys)
+        found += [_metric(conditions.parse(text), version, mine, alias, current, theirs) for text in gate.metrics]
     if gate.lineage:
         found += _lineage(registry, version, gate.lineage)
     if gate.approvals:
@@ -203,24 +214,25 @@ def judge_signatures(registry: Registry, version: Version, wanted: Signatures) -
 
 
 def _metric(
-    registry: Registry,
     condition: Condition,
     version: Version,
     mine: dict[str, list[Value]],
     alias: str,
     current: Version | str,
+    theirs: dict[str, list[Value]],
 ) -> Outcome:
     values, text = mine.get(condition.metric), str(condition)
     if values is None:
         return Outcome(text, False, f"{version.ref} has no metric {condition.metric}; {_known(condition, mine)}")
+    if all(value.is_hearsay for value in values):
+        return Outcome(text, False, f"{_listed(values)}; measure it here: `baton attest {version.ref} …`")
     listed = _listed(values)
     if not condition.is_relative:
         return Outcome(text, all(condition.holds(value.number) for value in values), listed)
     if isinstance(current, str):
         return Outcome(text, all(math.isfinite(value.number) for value in values), f"{listed}; {current}")
-    theirs = evaluations.values(registry, current)
     others = theirs.get(condition.metric)
-    if others is None:
+    if others is None or all(other.is_hearsay for other in others):
         found = (
             f"{alias} means {current.ref}, which has no metric {condition.metric}; {_known(condition, theirs)}. "
             f"Measure it: `baton attest {current.ref} {condition.metric}=… --as NAME`"

@@ -36,7 +36,7 @@ from pydantic import ValidationError, field_validator
 from baton.errors import UserError
 from baton.registry import provenance, records
 from baton.registry.history import licences
-from baton.registry.stores.files import full_disk_is_user_error
+from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.trust.attestations import check_who
 from baton.registry.trust.gates import Gate, Licences, Signatures, judge_signatures, read_yaml
 from baton.registry.version import Version
@@ -125,7 +125,7 @@ def set_policy(registry: Registry, path: Path, by: str | None = None) -> Policy:
     number = before.number + 1 if before is not None and before.number else 1
     content = rules.model_dump(mode="json", by_alias=True, exclude_none=True)
     record = {"policy": content, "by": by, "time": provenance.now()}
-    with full_disk_is_user_error(f"setting the policy of {registry.location} failed"):
+    with storage_errors_are_user_errors(f"setting the policy of {registry.location} failed"):
         if not records.write(registry.store, FOLDER, number, record):
             raise UserError("someone set another policy meanwhile; look again: `baton policy`.")
     return _stored(registry, number)

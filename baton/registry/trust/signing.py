@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 PASSWORD = "BATON_KEY_PASSWORD"
 _PUBLIC = "-----BEGIN PUBLIC KEY-----"
+_RESOURCE = ("name", "algorithm", "digest")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _FORM = "expected an elliptic-curve key as PEM: openssl ecparam -genkey -name prime256v1 -noout -out team.pem"
 
@@ -191,7 +192,7 @@ def _malformed(bundle: Any) -> str | None:
             and set(signature) == {"sig", "keyid"}
             and signature["keyid"] == ""
             and bool(_HEX.fullmatch(_hint(bundle)))
-            and all(isinstance(resource["digest"], str) for resource in _resources(bundle))
+            and all(isinstance(one[key], str) for one in _resources(bundle) for key in _RESOURCE)
         )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         is_sound = False

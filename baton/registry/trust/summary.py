@@ -17,11 +17,16 @@ def lines(registry: "Registry", version: Version) -> list[str]:
     Signatures are listed and not checked, which takes a public key: `baton signatures REF --key team.pub`.
     """
     found = attestations.of(registry, version.digest)
+    elsewhere = attestations.arrived(registry, version.digest)
     signed: dict[str, list[Attestation]] = {}
     for said in found:
         if said.type == "signature":
             signed.setdefault(str(said.body.get("of")), []).append(said)
-    shown = [_line(said, version, signed.get(said.digest, [])) for said in found if not _is_seal(said, version)]
+    shown = [
+        _line(said, signed.get(said.digest, []), said.digest in elsewhere)
+        for said in found
+        if not _is_seal(said, version)
+    ]
     return ["".join(c if c.isprintable() else "\ufffd" for c in line) for line in shown]
 
 
@@ -30,7 +35,7 @@ def _is_seal(said: Attestation, version: Version) -> bool:
     return said.type == "signature" and said.body.get("of") != version.digest
 
 
-def _line(said: Attestation, version: Version, seals: list[Attestation]) -> str:
+def _line(said: Attestation, seals: list[Attestation], is_from_elsewhere: bool) -> str:
     body = said.body
     if said.type == "approval":
         text = f"approved by {said.by}"
@@ -42,7 +47,7 @@ def _line(said: Attestation, version: Version, seals: list[Attestation]) -> str:
         text = f"signature by {said.by}, {_key(said)} (unchecked)"
     else:
         text = f"{said.type} by {said.by}: {json.dumps(body, ensure_ascii=False)}"
-    text += f", {said.time}"
+    text += f", {said.time}" + (", in another registry" if is_from_elsewhere else "")
     text += "".join(f", with a signature, {_key(seal)} (unchecked)" for seal in seals)
     return f"{text}: {body['note']}" if body.get("note") else text
 

@@ -77,7 +77,7 @@ def aliases(registry: "Registry", name: str, problems: Problems) -> dict[str, in
         folder = records.alias_folder(name, alias)
         if moves := records.numbers(registry.store, folder):
             record = problems.attempt(f"the alias {alias}", lambda f=folder, m=moves: _move(registry, f, m[-1]))  # type: ignore[misc]
-            if record:
+            if record and record["to"] is not None:
                 found[alias] = int(record["to"])
     return found
 

@@ -8,6 +8,7 @@ import pytest
 from baton.registry import Registry, Version, records
 from baton.registry import manifest as manifests
 from baton.registry.history.licences import gather
+from tests.baton.registry.small_fields import PROBE, VOCABULARY
 
 Plant = Callable[..., Version]
 
@@ -30,7 +31,7 @@ def plant(registry: Registry) -> Plant:
             "files": [],
             "architecture": {"class": "LlamaForCausalLM", "num_layers": 2},
             "dtype": "bfloat16",
-            "vocabulary": {"size": 300, "embedding_rows": 304, "special_tokens": {}},
+            "vocabulary": VOCABULARY | {"size": 300, "embedding_rows": 304},
             "tokenizer_digest": "sha256:" + "a" * 64,
             "chat_template_digest": None,
             "base": base.digest if base else None,
@@ -42,7 +43,7 @@ def plant(registry: Registry) -> Plant:
             "metrics": {},
             "licence": None,
             "build_key": None,
-            "probe": {},
+            "probe": PROBE,
             **fields,
         }
         ancestors = [version.manifest for version in [*parents.values(), *([base] if base else [])]]

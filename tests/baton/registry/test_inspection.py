@@ -240,6 +240,9 @@ def test_an_adapter_is_refused(filled: Registry, folders: Any) -> None:
     refused("value head was not saved", folders.value, "value", base)
     shutil.copytree(folders.base, folders.adapter / "base")
     refused("lies in an adapter's folder", folders.adapter, "adapter", base)
+    shutil.rmtree(folders.adapter / "base")
+    (folders.adapter / "Base").write_text("a file, which other systems take for base")
+    refused("Base lies in an adapter's folder", folders.adapter, "adapter", base)
     (folders.base / "x").mkdir()
     for path in folders.base.iterdir():
         path.rmdir() if path.is_dir() else path.unlink()

@@ -125,3 +125,83 @@ def test_what_a_manifest_says(filled: Registry, made: Any) -> None:
     assert reward.manifest["architecture"]["class"] == "LlamaForSequenceClassification"
     assert reward.manifest["tokenizer_digest"] == base["tokenizer_digest"]
     assert reward.manifest["parents"] == {"init": filled.resolve("team/adapter:1").digest}
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("vocabulary", None, "no size and embedding_rows"),
+        ("vocabulary", {"size": True}, "no size and embedding_rows"),
+        ("vocabulary", {"special_tokens": {"pad": 1}}, "no special_tokens with bos, eos, pad, unk and stop"),
+        ("vocabulary", {"special_tokens": {r: None for r in ("bos", "eos", "pad", "unk", "stop")}}, "bad id .* None"),
+        ("probe", None, "the output None"),
+        ("probe", {"output": "text"}, "the output 'text'"),
+        ("probe", {"input_ids": [[0, 10**6]]}, "no input_ids"),
+        ("probe", {"input_ids": [[0] * 40000] * 2}, "more than 65536 input_ids"),
+        ("probe", {"vocabulary_ids": [-1]}, "no vocabulary_ids"),
+        ("probe", {"vocabulary_size": 0}, "the vocabulary_size 0"),
+        ("probe", {"atol": 1e9}, "the atol 1000000000.0"),
+        ("probe", {"rtol": "0.1"}, "the rtol '0.1'"),
+        ("probe", {"expected": []}, "one row of expected outputs"),
+        ("probe", {"expected": [[0.5], [0.5]]}, "expected outputs other than 33 finite numbers a row"),
+        ("probe", {"output": "score"}, "expected outputs other than 1 finite numbers a row"),
+        ("architecture", None, "no class"),
+        ("architecture", {"class": 5}, "a bad class: 5"),
+        ("architecture", {"num_parameters": "many"}, "bad num_parameters"),
+    ],
+)
+def test_inner_fields_that_baton_reads(
+    filled: Registry, field: str, change: dict[str, Any] | None, message: str
+) -> None:
+    """change: of the field; None empties it."""
+    manifest = filled.resolve("team/base:1").manifest
+    data = canonical(manifest | {field: manifest[field] | change if change is not None else {}})
+    with pytest.raises(UserError, match=message):
+        parse(data, digest_of(data), "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": [7]}, "holds a int"),
+        ({"data": [{"path": "x", "licence": ["mit"]}]}, r"the licence \['mit'\]"),
+        ({"dtype": {"float32": "two"}}, "numbers of tensors"),
+        ({"recipe": json.loads('{"a":' * 200 + "1" + "}" * 200)}, "nested deeper than 100"),
+    ],
+)
+def test_other_inner_fields(filled: Registry, change: dict[str, Any], message: str) -> None:
+    data = canonical(filled.resolve("team/base:1").manifest | change)
+    with pytest.raises(UserError, match=message):
+        parse(data, digest_of(data), "here")
+
+
+@pytest.mark.parametrize("path", ["base", "Base", "base/config.json", "BASE/x"])
+def test_nothing_of_an_adapter_lies_where_its_base_is_put(filled: Registry, path: str) -> None:
+    entry = {"path": path, "sha256": "0" * 64, "size": 1}
+    data = canonical(filled.resolve("team/adapter:1").manifest | {"files": [entry]})
+    with pytest.raises(UserError, match="an adapter with a file at base or in base/"):
+        parse(data, digest_of(data), "here")
+    parse_again = canonical(filled.resolve("team/base:1").manifest | {"files": [entry]})
+    assert parse(parse_again, digest_of(parse_again), "here")["files"] == [entry]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["a" * 256], "unsafe file path"),
+        (["é" * 128], "unsafe file path"),  # of two bytes each
+        (["/".join(["a" * 99] * 11)], "unsafe file path"),
+        (["a/b/c", "a/b"], "'a/b' is a file and a folder"),
+        (["a", "a.b", "A/b"], "'a' is a file and a folder"),
+    ],
+)
+def test_paths_that_a_file_system_cannot_store(filled: Registry, paths: list[str], message: str) -> None:
+    files = [{"path": path, "sha256": "0" * 64, "size": 1} for path in paths]
+    data = canonical(filled.resolve("team/base:1").manifest | {"files": files})
+    with pytest.raises(UserError, match=message):
+        parse(data, digest_of(data), "here")
+
+
+def test_long_paths_that_can_be_stored_and_megabytes_that_are_refused_at_once() -> None:
+    assert is_safe_path("a" * 255) and is_safe_path("/".join(["a" * 255] * 4)) and is_safe_path("é" * 127)
+    assert not is_safe_path("a/" * (1 << 22) + "a")

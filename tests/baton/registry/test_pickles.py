@@ -11,11 +11,13 @@ import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from baton.registry import pickles
 from baton.registry.pickles import why_pickle
 
 
@@ -150,3 +152,79 @@ def test_other_files(tmp_path: Path, content: bytes) -> None:
 def test_a_models_own_files(made: object) -> None:
     for folder in made:  # type: ignore[attr-defined]
         assert [path.name for path in folder.iterdir() if why_pickle(path)] == []
+
+
+def without_magic(archive: bytes) -> bytes:
+    """A tar archive's first header as the oldest tar wrote it: no magic, and a checksum that fits."""
+    raw = bytearray(archive)
+    raw[257:265] = bytes(8)
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    return bytes(raw)
+
+
+RUN = b"cposix\nsystem\n(S'true'\ntR"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        without_magic(tar_file("weights", pickle.dumps(VALUE, 4))),
+        without_magic(tar_file("pickle", b"hello")),
+        RUN + b"\0 and never an end",
+        b"(S'true'\niposix\nsystem\n\0",
+        b"cos\nsystem\n" + RUN + b"0" * 10 + RUN,
+        gzip.compress(RUN + b".")[:-6],  # cut off, and run up to there
+        b"N" * 1_100,
+    ],
+)
+def test_what_runs_before_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(pickles, "_MAX_OPERATIONS", 1_000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert why_pickle(path)
+
+
+@pytest.mark.parametrize("start", [b"", b"\x80\x03"])
+@pytest.mark.parametrize("wrap", [lambda data: data, gzip.compress, zlib.compress, zstandard.compress])
+def test_an_operand_too_long_to_read_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: bytes, wrap: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(pickles, "_MAX_OPERAND_BYTES", 1000)
+    for operand in (b"B" + struct.pack("<I", 100_000) + bytes(100_000), b"S'" + b"x" * 100_000 + b"'\n"):
+        path = tmp_path / "file"
+        path.write_bytes(wrap(start + operand + b"0" + RUN + b"."))
+        assert why_pickle(path)
+
+
+def test_a_long_line_without_an_end_is_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "_MAX_OPERAND_BYTES", 1000)
+    (tmp_path / "file").write_bytes(b"S'" + bytes(100_000))
+    assert why_pickle(tmp_path / "file") is None
+    (tmp_path / "file").write_bytes(b"B" + struct.pack("<I", 100_000) + bytes(99_999))
+    assert why_pickle(tmp_path / "file") is None
+
+
+@pytest.mark.parametrize("content", [b"(c) 2024 X\n\nRedistribution\n", b"cat\ndog\nRabbit\nbird\nant\n"])
+def test_prose_that_reads_like_calls(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert why_pickle(tmp_path / "file") is None
+
+
+def test_a_bomb_is_refused_and_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "_MAX_DECOMPRESSED_BYTES", 1 << 20)
+    path = tmp_path / "file"
+    for compress in (gzip.compress, bz2.compress, lzma.compress, zlib.compress, zstandard.compress):
+        path.write_bytes(compress(bytes(8 << 20)))
+        assert "too much to look through" in (why_pickle(path) or ""), compress
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inner", b"PK\x03\x04" + bytes(8 << 20))
+    path.write_bytes(buffer.getvalue())
+    assert "more than 1 MiB in an archive" in (why_pickle(path) or "")
+    # What is no archive is not unpacked at all to find out whether it ends like one.
+    read: list[int] = []
+    real = zipfile.ZipExtFile.read
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: read.append(n) or real(self, n))
+    path.write_bytes(zip_file("zeros", bytes(8 << 20)))
+    assert why_pickle(path) is None and sum(read) < 1 << 20 and -1 not in read

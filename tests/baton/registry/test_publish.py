@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from baton.errors import UserError
 from baton.registry import Registry
 from baton.registry.vocabulary import tokenizer_digest
 from tests.baton.registry.conftest import in_processes, overwrite, paths
+
+QUICK_PROBE: dict[str, Any] = {"output": "score", "vocabulary_size": 280, "atol": 0.0, "rtol": 0.0}
+QUICK_PROBE |= {"input_ids": [[0]], "expected": [[0.0]]}
 
 
 def test_the_same_content_is_the_same_version(filled: Registry, folders: Any, tmp_path: Path) -> None:
@@ -102,8 +106,7 @@ def _publish_many(path: str, folder: str, writer: int, count: int) -> None:
     from baton.registry import probe
 
     # The race is about numbers; loading a model a thousand times would only hide it.
-    recorded = {"input_ids": [[0]], "expected": [[0.0]], "atol": 0.0, "rtol": 0.0}
-    probe.record = lambda *arguments: recorded  # type: ignore[assignment]
+    probe.record = lambda *arguments: QUICK_PROBE  # type: ignore[assignment]
     registry = Registry(path, create=True)
     for number in range(count):
         registry.publish(folder, name="team/race", kind="base", details={"build_key": f"{writer}-{number}"})
@@ -128,7 +131,7 @@ def test_a_full_disk_publishes_nothing(
     """Fail at the first, second, … call: each time the registry stays as it was, until a publish succeeds."""
     registry = folder_registry
     real = getattr(os, call)
-    monkeypatch.setattr("baton.registry.probe.record", lambda *arguments: {"input_ids": [], "expected": []})
+    monkeypatch.setattr("baton.registry.probe.record", lambda *arguments: QUICK_PROBE)
     for failing in range(1, 100):
         calls = 0
 
@@ -221,13 +224,79 @@ def test_paths_are_taken_out_at_any_depth_and_tokens_are_kept(tmp_path: Path) ->
         "added_tokens_decoder": {"0": {"content": here}},
         "notes": "see /no/such/place for more",
         "absent": "/no/such/place",
+        "sentence": f"{here} is where it lay",
+        "with_space": str(tmp_path / "secret" / "my base"),
+        "address": f"file://{here}",
+        "command": f"train --in={here} --out=/no/such/place",
     }
+    (tmp_path / "secret" / "my base").mkdir()
     path = tmp_path / "config.json"
     path.write_text(json.dumps(settings))
     found = without_local_paths(path, None)
     assert found is not None and json.loads(found) == settings | {
         "text_config": {"hidden_size": 4},
         "modules": ["…/base", "org/name", "/"],
+        "with_space": "…/my base",
+        "address": "file://…/base",
+        "command": "train --in=…/base --out=/no/such/place",
     }
     path.write_text(json.dumps({"hidden_size": 4, "rope": [1, 2]}))
     assert without_local_paths(path, None) is None
+
+
+def test_a_model_card_keeps_its_sentences(tmp_path: Path) -> None:
+    from baton.registry.local_paths import without_local_paths
+
+    card = tmp_path / "README.md"
+    card.write_text("Version 1.5. Good.")
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "."}))
+    assert without_local_paths(card, None) is None
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": str(tmp_path / "from")}))
+    card.write_text(f"Version 1.5, from {tmp_path}/from.")
+    assert without_local_paths(card, None) == "Version 1.5, from …/from.".encode()
+
+
+@pytest.mark.parametrize("late", ["notes.txt", "config.json"])
+def test_what_changes_while_it_is_copied_is_looked_at_again(
+    folder_registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """A pickle, or code, that comes after the first look and before the copy."""
+    from baton.registry import publish
+
+    (folders.base / "notes.txt").write_text("notes")
+    config = json.loads((folders.base / "config.json").read_bytes())
+    change = {
+        "notes.txt": pickle.dumps({"a": 1}, 4),
+        "config.json": json.dumps(config | {"auto_map": {"AutoModel": "m.M"}}).encode(),
+    }
+
+    def swapped(path: Path, base: Any) -> bytes | None:
+        if path.name == late:
+            path.write_bytes(change[late])
+        return None
+
+    monkeypatch.setattr(publish, "without_local_paths", swapped)
+    reason = "is a pickle" if late == "notes.txt" else "has auto_map"
+    with pytest.raises(UserError, match=f"^{folders.base / late} {reason}.* It changed while it was being published"):
+        folder_registry.publish(folders.base, name="team/base", kind="base")
+    assert folder_registry.models() == [] and folder_registry.store.list("tmp") == []
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_listing_that_is_remembered_does_not_publish_twice(
+    filled_folder: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """As NFS remembers one, until it is asked to look again; and where it does not even then."""
+    from baton.registry.stores.local import LocalStore
+
+    stale: dict[str, list[str]] = {"models/team/copy/versions": []}
+    real = LocalStore.list
+    Registry(filled_folder.location).publish(folders.base, name="team/copy", kind="base")  # on another machine
+    monkeypatch.setattr(
+        LocalStore, "list", lambda store, folder: stale[folder] if folder in stale else real(store, folder)
+    )
+    if is_told:
+        monkeypatch.setattr(LocalStore, "see_latest", lambda store, folder: stale.pop(folder, None))
+    version = filled_folder.publish(folders.base, name="team/copy", kind="base")
+    monkeypatch.undo()
+    assert version.number == 1 and Registry(filled_folder.location).numbers("team/copy") == [1]

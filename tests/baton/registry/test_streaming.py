@@ -59,3 +59,50 @@ def test_a_model_that_cannot_be_streamed_is_loaded_in_full(made: Any, monkeypatc
     rotary = next(module for module in model.modules() if isinstance(module, LlamaRotaryEmbedding))
     rotary.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16), persistent=False)
     assert not stream(model) and {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+SIZES = {"vocab_size": 304, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+HEADS = {"intermediate_size": 64, "num_key_value_heads": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES | HEADS | {"tie_word_embeddings": True},
+    "mistral": SIZES | HEADS,
+    "qwen2": SIZES | HEADS,
+    "qwen3": SIZES | HEADS | {"head_dim": 16},
+    "gemma": SIZES | HEADS | {"head_dim": 16},
+    "gemma2": SIZES | HEADS | {"head_dim": 16},
+    "phi": SIZES | {"intermediate_size": 64},
+    "phi3": SIZES | HEADS | {"pad_token_id": 2},
+    "gpt_neox": SIZES | {"intermediate_size": 64},
+    "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_numbers_of_a_full_load(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, initializer_range=0.2, bos_token_id=0, eos_token_id=1, **FAMILIES[family])
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    in_full, streamed = both_ways(tmp_path, "base", monkeypatch)
+    assert in_full == streamed
+
+
+@pytest.mark.parametrize("wrap", [lambda view: view, lambda view: (1, [view[:2]]), lambda view: {"weight": view.T}])
+def test_a_layer_that_gives_a_view_of_its_weights_cannot_be_streamed(wrap: Any) -> None:
+    """The next layer's weights would take its place in memory: the caller loads the model in full."""
+    import torch
+
+    class Showing(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return wrap(self.weight)
+
+    model: Any = Showing(4, 4, bias=False).to(torch.bfloat16)
+    model.config = type("Config", (), {})()
+    assert stream(model)
+    with pytest.raises(RuntimeError, match="Showing gives a view of its own weights"):
+        model(torch.ones(1, 4))

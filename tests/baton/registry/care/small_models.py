@@ -6,6 +6,7 @@ from baton.registry import Registry, Version, records
 from baton.registry import manifest as manifests
 from baton.registry.care.leases import lease
 from baton.registry.stores.files import write_hashed
+from tests.baton.registry.small_fields import PROBE, VOCABULARY
 
 
 def manifest(files: dict[str, bytes], kind: str, base: str | None, parents: dict[str, str]) -> dict[str, Any]:
@@ -18,9 +19,9 @@ def manifest(files: dict[str, bytes], kind: str, base: str | None, parents: dict
         "format": manifests.FORMAT,
         "kind": kind,
         "files": entries,
-        "architecture": {},
+        "architecture": {"class": None, "model_type": None},
         "dtype": "float32",
-        "vocabulary": {},
+        "vocabulary": VOCABULARY,
         "tokenizer_digest": "sha256:" + "0" * 64,
         "chat_template_digest": None,
         "base": base,
@@ -33,7 +34,7 @@ def manifest(files: dict[str, bytes], kind: str, base: str | None, parents: dict
         "licence": None,
         "licences": {"models": [], "data": []},
         "build_key": None,
-        "probe": {},
+        "probe": PROBE,
     }
     manifests.parse(manifests.canonical(content), manifests.digest_of(manifests.canonical(content)), "the test's")
     return content

@@ -1,7 +1,7 @@
 """The check of everything: what is damaged, what depends on it, and its repair from another registry."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from baton.registry.care import tombstones
 from baton.registry.care.fsck import check
 from baton.registry.care.gc import collect
 from baton.registry.care.repair import fsck
-from baton.registry.stores import blob_path
+from baton.registry.stores import Entry, blob_path
 from baton.registry.trust import attestations
 from tests.baton.registry.care import small_models
 from tests.baton.registry.conftest import overwrite, paths, remove
@@ -227,3 +227,66 @@ def test_a_damaged_source_repairs_nothing(copies: tuple[Registry, Registry, list
         "registry.json"
     }
     assert {path: registry.store.get(path) for path in everything} == before
+
+
+def test_a_damaged_record_never_lacks_while_it_is_repaired(
+    copies: tuple[Registry, Registry, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it deleted first, a publisher would take the number for another model."""
+    registry, copy, _ = copies
+    path = "models/team/other/versions/0000001.json"
+    whole = registry.store.get(path)
+    overwrite(registry, path, whole[:-5])
+    delete = registry.store.delete
+
+    def publisher_comes(deleted: str) -> None:
+        delete(deleted)
+        if deleted == path:
+            small_models.publish(Registry(registry.location), "team/other", {"a": b"quite another"})
+
+    monkeypatch.setattr(registry.store, "delete", publisher_comes)
+    report = fsck(registry, copy)
+    assert (report.problems, report.repaired) == ([], [path])
+    assert registry.store.get(path) == whole
+
+
+def test_what_is_deleted_and_collected_meanwhile_is_no_damage(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(registry)
+    small_models.publish(registry, "team/other", {"a": b"better"})
+    registry.promote("team/other:1", "prod", "x")
+    walk = registry.store.walk
+
+    def slowly(folder: str) -> Iterator[Entry]:
+        monkeypatch.setattr(registry.store, "walk", walk)
+        found = list(walk(folder))
+        other = Registry(registry.location)
+        other.promote("team/other:2", "prod", "better")
+        tombstones.delete(other, "team/other:1", "worse")
+        assert len(collect(other, 0).deleted) == 2
+        yield from found
+
+    monkeypatch.setattr(registry.store, "walk", slowly)
+    assert check(registry).problems == []
+    blob = blob_of(registry.resolve("team/child:1"))  # what is missing all the same, is
+    remove(registry, blob)
+    assert [problem.path for problem in check(registry).problems] == [blob]
+
+
+def test_an_alias_moved_off_what_was_deleted_meanwhile_is_no_problem(
+    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last record is listed before the move, the tombstone after it."""
+    fill(folder_registry)
+    small_models.publish(folder_registry, "team/other", {"a": b"better"})
+    folder_registry.promote("team/other:1", "prod", "x")
+    store = folder_registry.store
+    listed = list(store.walk(""))
+    other = Registry(folder_registry.location)
+    other.promote("team/other:2", "prod", "better")
+    tombstones.delete(other, "team/other:1", "worse")
+    listed += store.walk("models/team/other/tombstones")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "walk", lambda folder: iter(listed))
+        assert check(folder_registry).problems == []

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from baton.registry.care import leases, tombstones
 from baton.registry.care.gc import collect
 from baton.registry.care.repair import fsck
 from baton.registry.stores import blob_path
+from baton.registry.stores.cloud import CloudStore
 from baton.registry.stores.local import LocalStore
 from baton.registry.trust import attestations
 from tests.baton.registry.care import small_models
@@ -279,3 +281,57 @@ def test_many_files_go_in_batches(folder_registry: Registry, monkeypatch: pytest
         small_models.store(folder_registry, small_models.manifest(files, "base", None, {}), files)
     assert len(collect(folder_registry, 0).deleted) == 8 and [len(found) for found in lists] == [3, 3, 2]
     assert folder_registry.store.list("condemned") == []
+
+
+def test_what_another_collector_took_meanwhile_is_no_damage(
+    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version was deleted and its manifest collected between the look at versions and that at manifests."""
+    from baton.registry.care.marks import Marks
+
+    small_models.publish(folder_registry, "team/base", {"a": b"base"})
+    small_models.publish(folder_registry, "team/gone", {"a": b"gone"})
+    roots = Marks._version_roots
+
+    def another_comes(marks: Marks) -> set[str]:
+        found = roots(marks)
+        monkeypatch.setattr(Marks, "_version_roots", roots)
+        other = Registry(folder_registry.location)
+        tombstones.delete(other, "team/gone:1", "x")
+        assert len(collect(other, 0).deleted) == 2
+        return found
+
+    monkeypatch.setattr(Marks, "_version_roots", another_comes)
+    assert collect(folder_registry, 0).deleted == []
+    assert is_whole(folder_registry)
+
+
+def test_uploads_that_nobody_finished_are_given_up_after_a_day(
+    make_filled: Callable[[str], Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make_filled("s3")
+    store = registry.store
+    assert isinstance(store, CloudStore)
+    bucket, _, prefix = store.location.removeprefix("s3://").partition("/")
+    blob = blob_path("a" * 64)
+    store._connection.s3.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/{blob}")
+
+    def unfinished() -> list[str]:
+        return list(store.abort_unfinished(0, dry_run=True))
+
+    asked = []
+    abort = store.abort_unfinished
+    monkeypatch.setattr(
+        store, "abort_unfinished", lambda age, dry_run=False: (asked.append(age), abort(age, dry_run))[1]
+    )
+    # moto says of every upload that it was begun in 2010
+    assert collect(registry, 0, dry_run=True).uploads == [blob] and unfinished() == [blob]
+    assert collect(registry, 0).uploads == [blob] and unfinished() == []
+    assert asked[0] == asked[2] == 24 * 3600
+    assert collect(registry, 7 * 86400).uploads == [] and asked[-1] == 7 * 86400
+
+    def denied(age: float, dry_run: bool = False) -> list[str]:
+        raise UserError("denies access")
+
+    monkeypatch.setattr(store, "abort_unfinished", denied)
+    assert collect(registry, 0).not_seen == "denies access"

@@ -21,6 +21,7 @@ from tests.baton.registry.conftest import paths
 from tests.baton.registry.travel.made_up import add, add_family
 
 ROOT = Path(__file__).parents[4]
+ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"\4\0\0\0\0\0\0\0{}  "}
 app = typer.Typer()
 handover.register(app)
 
@@ -70,7 +71,7 @@ def test_export_and_import(family: Registry, new_location: Callable[[str], str],
     assert versions == [
         {"ref": f"{name}:1", "digest": family.resolve(f"{name}:1").digest} for name in ("team/base", "team/adapter")
     ]
-    second = add(family, "team/adapter", {"adapter_model.safetensors": b"12345"}, "adapter", base=versions[0]["digest"])
+    second = add(family, "team/adapter", ADAPTER, "adapter", base=versions[0]["digest"])
     words = ["export", "team/adapter:2", tmp_path / "2.tar", "--without", "team/base:1"]
     run(*words, "--registry", family.location)
     assert (tmp_path / "2.tar").stat().st_size < len(data)
@@ -123,12 +124,17 @@ def test_the_hub_is_named_by_its_scheme(
     where = ["--registry", folder_registry.location]
     said = json.loads(run("push", "team/adapter:1", "hf://org/name", "--merge", "--json", *where).stdout)
     assert said == {"ref": "team/adapter:1", "url": "https://hub/commit/1"}
-    run("push", "team/adapter:1", "hf://org/name", "--public", "--base-repo", "org/base@1", *where)
+    words = ["--public", "--base-repo", "org/base@1", "--message", "A new one"]
+    run("push", "team/adapter:1", "hf://org/name", *words, *where)
     words = ["pull", "hf://org/name@v1", "--name", "team/x", "--kind", "adapter", "--base", "team/base:1"]
     assert run(*words, "--allow-code", *where).stdout.split() == [base.ref, base.digest]
     assert calls == [
-        ("team/adapter:1", "org/name", {"private": True, "merge": True, "base_repo": None}),
-        ("team/adapter:1", "org/name", {"private": False, "merge": False, "base_repo": "org/base@1"}),
+        ("team/adapter:1", "org/name", {"private": True, "merge": True, "base_repo": None, "message": None}),
+        (
+            "team/adapter:1",
+            "org/name",
+            {"private": False, "merge": False, "base_repo": "org/base@1", "message": "A new one"},
+        ),
         ("org/name", "v1", "team/x", "adapter", {"base": base, "allow_code": True}),
     ]
 
@@ -138,13 +144,14 @@ def test_the_hub_is_named_by_its_scheme(
     [
         (["push", "team/adapter:1", "THERE", "--merge"], "--merge is for the Hub"),
         (["push", "team/adapter:1", "THERE", "--public"], "--public is for the Hub"),
+        (["push", "team/adapter:1", "THERE", "--message", "x"], "--message is for the Hub"),
+        (["push", "team/adapter:1", "hf://org/name", "--allow-code"], "--allow-code is for a registry"),
         (["push", "team/adapter:1", "THERE", "--base-repo", "a/b@c"], "--base-repo is for the Hub"),
         (["push", "team/adapter:1", "hf://org/name@v1"], "a push makes a new one"),
         (["push", "team/adapter:9", "THERE"], "no version 9"),
         (["pull", "team/adapter:1"], "say which registry has team/adapter:1: --from PATH"),
         (["pull", "team/adapter:1", "--from", "THERE"], "there is no registry at"),
         (["pull", "team/adapter:1", "--from", "THERE", "--name", "a/b"], "--name is for models of the Hub"),
-        (["pull", "team/adapter:1", "--from", "THERE", "--allow-code"], "--allow-code is for models of the Hub"),
         (["pull", "hf://org/name@v1", "--from", "THERE"], "leave out --from"),
         (["pull", "hf://org/name", "--name", "a/b", "--kind", "base"], "says no revision"),
         (["pull", "hf://org/name@v1", "--kind", "base"], "--name team/name --kind base"),

@@ -110,6 +110,23 @@ def test_deleting(store: Store) -> None:
     assert store.put_if_absent("leases/1.json", b"y") and store.get("leases/1.json") == b"y"
 
 
+def test_replacing(store: Store) -> None:
+    for data in (b"damaged", b"whole", b"whole", b""):
+        store.replace("models/a/b/0000001.json", data)
+        assert store.get("models/a/b/0000001.json") == data
+        assert not store.put_if_absent("models/a/b/0000001.json", b"other")
+    assert [entry.path for entry in store.walk("")] == ["models/a/b/0000001.json"]
+
+
+def test_all_paths(store: Store) -> None:
+    paths = ["models/a/b/1.json", "models/a/bb.json", "models/a-b/c/1.json", "registry.json"]
+    for path in paths:
+        store.put_if_absent(path, b"x")
+    assert sorted(store.paths("")) == sorted(paths)
+    assert sorted(store.paths("models/a")) == paths[:2]
+    assert list(store.paths("absent")) == []
+
+
 @pytest.mark.parametrize("data", [b"", b"weights", SOME])
 def test_blobs(store: Store, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("baton.registry.stores.cloud.RANGE_BYTES", 70_000)  # more ranges than are read at a time

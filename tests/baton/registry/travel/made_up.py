@@ -6,9 +6,21 @@ from typing import Any
 
 from baton.registry import Registry, Version, records
 from baton.registry import manifest as manifests
+from tests.baton.registry.small_fields import PROBE, VOCABULARY
 
-EMPTY_WEIGHTS = b"\2\0\0\0\0\0\0\0{}"  # a safetensors header of two bytes
-FILES = {"config.json": b'{"model_type": "made-up"}', "model.safetensors": EMPTY_WEIGHTS + bytes(range(256)) * 5}
+
+def weights(data: bytes) -> bytes:
+    """A safetensors file of one embedding: four rows of these float32 numbers."""
+    size = len(data)
+    header = f'{{"embed_tokens.weight":{{"dtype":"F32","shape":[4,{size // 16}],"data_offsets":[0,{size}]}}}}'.encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+FILES = {
+    "config.json": b'{"model_type": "made-up", "vocab_size": 4}',
+    "model.safetensors": weights(bytes(range(256)) * 5),
+}
+TOKENIZER = {"tokenizer.json": b'{"version": "1.0", "model": {"vocab": {"a": 0, "b": 1, "c": 2, "d": 3}}}'}
 NO_DIGEST = "sha256:" + "0" * 64
 
 
@@ -24,7 +36,7 @@ def manifest(files: dict[str, bytes], kind: str = "base", /, **changes: Any) -> 
         "files": entries,
         "architecture": {"class": None, "model_type": "made-up"},
         "dtype": "float32",
-        "vocabulary": {"size": 4, "embedding_rows": 4, "special_tokens": {}},
+        "vocabulary": VOCABULARY,
         "tokenizer_digest": NO_DIGEST,
         "chat_template_digest": None,
         "base": None,
@@ -37,7 +49,7 @@ def manifest(files: dict[str, bytes], kind: str = "base", /, **changes: Any) -> 
         "licence": "mit",
         "licences": {"models": ["mit"], "data": []},
         "build_key": None,
-        "probe": {"input_ids": [0, 1], "expected": {"logits": [0.5]}},
+        "probe": PROBE,
     } | changes
 
 
@@ -67,10 +79,10 @@ def add(registry: Registry, name: str, files: dict[str, bytes], kind: str = "bas
 
 def add_family(registry: Registry) -> tuple[Version, Version]:
     """A base and an adapter on it that shares its tokenizer file."""
-    shared = {"tokenizer.json": b'{"version": "1.0"}'}
-    base = add(registry, "team/base", FILES | shared)
-    weights = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": EMPTY_WEIGHTS + b"a"}
+    base = add(registry, "team/base", FILES | TOKENIZER)
+    no_tensors = b"\3\0\0\0\0\0\0\0{} "
+    weights = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": no_tensors}
     adapter = add(
-        registry, "team/adapter", weights | shared, "adapter", base=base.digest, parents={"pretrain": base.digest}
+        registry, "team/adapter", weights | TOKENIZER, "adapter", base=base.digest, parents={"pretrain": base.digest}
     )
     return base, adapter

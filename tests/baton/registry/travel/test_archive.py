@@ -49,6 +49,13 @@ def test_sizes_beyond_eight_gibibytes(size: int) -> None:
     assert Reader(io.BytesIO(header("x", size)), "here").first("x", 1 << 60) == size
 
 
+def test_a_size_below_zero_is_refused_and_nothing_more_is_read() -> None:
+    stream = io.BytesIO(header("bundle.json", -1) + b"x" * 5000)
+    with pytest.raises(UserError, match="here: the header of bundle.json says -1 bytes"):
+        Reader(stream, "here").first("bundle.json", 1 << 20)
+    assert stream.tell() == 512
+
+
 class Trickle(io.RawIOBase):
     """A pipe that gives one to seven bytes at a time."""
 

@@ -18,7 +18,7 @@ from baton.registry import Registry
 from baton.registry.travel import bundle, transfer
 from baton.registry.trust import attestations, policy
 from tests.baton.registry.conftest import overwrite, paths
-from tests.baton.registry.travel.made_up import EMPTY_WEIGHTS, add, add_family
+from tests.baton.registry.travel.made_up import FILES, TOKENIZER, add, add_family, weights
 
 ROOT = Path(__file__).parents[4]
 
@@ -53,7 +53,14 @@ def test_there_and_back(filled: Registry, new_location: Callable[[str], str], tm
     assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
     assert attestations.of(receiver, version.digest, "evaluation") == [said]
     (origin,) = attestations.of(receiver, version.digest, "origin")
-    assert origin.body == {"registry": filled.id, "bundle": f"sha256:{written.sha256}", "ref": "team/reward:1"}
+    (record,) = filled.version_records("team/reward").values()
+    assert origin.body == {
+        "registry": filled.id,
+        "bundle": f"sha256:{written.sha256}",
+        "ref": "team/reward:1",
+        "published_by": record["by"],
+        "attestations": [said.digest],
+    }
     before = paths(receiver)
     assert not [path for path in before if path.startswith(("tmp/", "leases/"))]
     assert bundle.import_bundle(receiver, io.BytesIO(data)) == versions and paths(receiver) == before
@@ -135,7 +142,7 @@ def test_export_refuses_what_is_damaged_and_leaves_nothing(registry: Registry, t
     bundle.export(registry, adapter, file)
     good = file.read_bytes()
     entry = adapter.manifest["files"][1]
-    overwrite(registry, f"blobs/sha256/{entry['sha256']}", EMPTY_WEIGHTS + b"b")
+    overwrite(registry, f"blobs/sha256/{entry['sha256']}", b"\3\0\0\0\0\0\0\0{}b")
     with pytest.raises(UserError, match=f"adapter_model.safetensors is damaged .*{entry['sha256']}"):
         bundle.export(registry, adapter, file)
     assert file.read_bytes() == good and os.listdir(tmp_path / "out") == ["x.tar"]
@@ -193,10 +200,8 @@ def test_a_mistake_half_way_is_mended_by_the_same_command(
 
 def test_memory_stays_flat(folder_registry: Registry, new_location: Callable[[str], str], tmp_path: Path) -> None:
     """96 MiB travel in a process that may not have as many for data."""
-    sparse = tmp_path / "large"
-    with open(sparse, "wb") as file:
-        file.truncate(96 << 20)
-    version = add(folder_registry, "team/large", {"model.safetensors": sparse.read_bytes()})
+    large = FILES | TOKENIZER | {"model.safetensors": weights(bytes(96 << 20))}
+    version = add(folder_registry, "team/large", large)
     script = (
         "import resource, sys; from pathlib import Path\n"
         "from baton.registry import Registry; from baton.registry.travel import bundle, transfer\n"

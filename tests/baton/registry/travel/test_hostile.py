@@ -387,7 +387,7 @@ CONTENT: dict[str, tuple[Callable[[Bundle], bytes], str]] = {
     "a manifest with a file in a file": (lambda good: renamed(good, "a", "a/b"), "'a' is a file and a folder"),
     "an adapter that brings files for its base": (
         lambda good: renamed(good, "base/config.json"),
-        "an adapter with a file in base/",
+        "an adapter with a file at base or in base/",
     ),
     "a manifest with half a character": (
         lambda good: with_raw_manifest(good, b'"licence":"mit"', b'"licence":"\\ud800"'),

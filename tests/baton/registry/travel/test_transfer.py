@@ -17,8 +17,8 @@ from baton.registry.travel import transfer
 from baton.registry.travel.arrival import without_credentials
 from baton.registry.travel.closure import closure, manifests_below, names_of
 from baton.registry.trust import attestations, policy
-from tests.baton.registry.conftest import overwrite, paths, remove
-from tests.baton.registry.travel.made_up import EMPTY_WEIGHTS, FILES, NO_DIGEST, add, add_family
+from tests.baton.registry.conftest import flip, overwrite, paths, remove
+from tests.baton.registry.travel.made_up import NO_DIGEST, add, add_family
 
 
 @pytest.fixture(params=["folder→folder", "folder→s3", "s3→folder", "s3→s3"])
@@ -87,10 +87,11 @@ def test_push_moves_everything_once(two: tuple[Registry, Registry], monkeypatch:
     assert paths(target) == before
     assert not [path for path in paths(source) if path.startswith("leases/")]
 
-    second = add(source, "team/adapter", {"adapter_model.safetensors": b"12345"}, "adapter", base=base.digest)
+    new = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"\4\0\0\0\0\0\0\0{}  "}
+    second = add(source, "team/adapter", new, "adapter", base=base.digest)
     report = transfer.push(source, second, target)
-    assert (report.ref, report.bytes_sent) == ("team/adapter:2", 5)
-    assert sent == [hashlib.sha256(b"12345").hexdigest()]
+    assert (report.ref, report.bytes_sent) == ("team/adapter:2", 12)
+    assert sent == [hashlib.sha256(new["adapter_model.safetensors"]).hexdigest()]
 
 
 def test_what_was_said_travels_and_where_it_came_from_is_said(two: tuple[Registry, Registry]) -> None:
@@ -102,12 +103,20 @@ def test_what_was_said_travels_and_where_it_came_from_is_said(two: tuple[Registr
     for found, said in ((adapter, evaluation), (base, signature)):
         (origin,) = attestations.of(target, found.digest, "origin")
         location = source.location if "://" in source.location else f"…/{Path(source.location).name}"
-        assert origin.body == {"registry": source.id, "location": location, "ref": found.ref}
+        assert origin.body == {
+            "registry": source.id,
+            "location": location,
+            "ref": found.ref,
+            "published_by": "someone",
+            "attestations": [said.digest],
+        }
         assert attestations.of(target, found.digest, said.type) == [said]
     approval = attestations.attest(source, adapter.digest, "approval", {"comment": "yes"})
     transfer.push(source, adapter, target)
     assert attestations.of(target, adapter.digest, "approval") == [approval]
-    assert len(attestations.of(target, adapter.digest)) == 3
+    # It came later, and is marked as theirs too.
+    assert len(attestations.of(target, adapter.digest)) == 4
+    assert attestations.arrived(target, adapter.digest) == {evaluation.digest, approval.digest}
     # Back again: it was here first, so neither registry now says that it came from the other.
     before = paths(source)
     transfer.push(target, target.resolve("team/adapter:1"), source)
@@ -155,6 +164,15 @@ def test_a_damaged_manifest_or_attestation_does_not_travel(folder_registry: Regi
             transfer.push(source, adapter, target)  # which has read the manifest before, when it was whole
         overwrite(source, path, data)
         assert target.models() == [] and target.verify_all() == []
+
+
+def test_a_damaged_manifest_over_there_is_mended(folder_registry: Registry, registry: Registry) -> None:
+    base, adapter = add_family(folder_registry)
+    transfer.push(folder_registry, base, registry)
+    flip(registry, manifest_path(base.digest))
+    assert registry.verify_all() != []
+    transfer.push(folder_registry, adapter, Registry(registry.location))
+    assert registry.verify_all() == []
 
 
 def test_a_cut_blob_over_there_is_sent_again(folder_registry: Registry, registry: Registry) -> None:
@@ -324,4 +342,3 @@ def test_the_made_up_versions_are_in_order(registry: Registry) -> None:
     base, adapter = add_family(registry)
     assert registry.verify_all() == [] and isinstance(adapter, Version)
     assert registry.store.get(manifest_path(base.digest)) == canonical(base.manifest)
-    assert FILES["model.safetensors"].startswith(EMPTY_WEIGHTS)

@@ -302,3 +302,21 @@ def test_a_missing_library_says_what_to_install(
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(UserError, match=r"pip install 'baton\[sign\]'"):
         signing.sign(filled_folder, filled_folder.resolve("team/base:1").digest, ann[0])
+
+
+@pytest.mark.parametrize("resource", [{"digest": "x"}, {"digest": "x", "name": ".", "algorithm": 5}, "x", None])
+def test_a_forged_signature_does_not_hide_a_good_one(filled_folder: Registry, tmp_path: Path, resource: Any) -> None:
+    private, public = make_key(tmp_path, "team")
+    version = filled_folder.resolve("team/base:1")
+    good = signing.sign(filled_folder, version.digest, private)
+    forged = json.loads(json.dumps(good.body))
+    envelope = forged["bundle"]["dsseEnvelope"]
+    payload = json.loads(base64.b64decode(envelope["payload"]))
+    payload["predicate"]["resources"] = [resource]
+    envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    attestations.attest(filled_folder, version.digest, "signature", forged, "mallory")
+    keys, others = signing.require(filled_folder, version.digest, [public.read_text()])
+    assert keys == {good.body["key"]} and len(others) == 1 and "mallory's is malformed" in others[0]
+    (tmp_path / "model.sig").write_text(json.dumps(forged["bundle"]))
+    with pytest.raises(UserError, match="model.sig is malformed"):
+        signing.attach(filled_folder, version.digest, tmp_path / "model.sig")
