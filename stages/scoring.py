@@ -11,6 +11,7 @@ import torch
 from baton.build import reward_role, shares_base
 from baton.errors import UserError
 from baton.recipe import PPORecipe
+from baton.registry.compatibility import differences
 from baton.run import Run
 from reward.sources import Sample, Source, checked, open_source
 from stages.engines.agreement import check_engine, importance_weights
@@ -102,6 +103,8 @@ class Scorer:
                 run.say(
                     f"{version.ref} has a base or tokenizer of its own: it reads replies as text, by its own template"
                 )
+                for difference in differences(sft, version):
+                    run.say(f"  {difference}")
 
     def groups(self, episodes: Sequence[Episode]) -> list[MicroBatch]:
         """Micro-batches under the token budget, as many on every rank."""

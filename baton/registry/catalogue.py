@@ -15,6 +15,7 @@ from baton.registry.care.verify import Verification
 from baton.registry.history.lineage import lineage
 from baton.registry.stores import Store, is_url, open_store
 from baton.registry.stores.files import storage_errors_are_user_errors
+from baton.registry.travel import first_use
 from baton.registry.trust import attestations, promotion
 from baton.registry.trust.attestations import Attestation
 from baton.registry.version import Version
@@ -256,17 +257,17 @@ class Registry:
         """Make `team/name:alias` mean what it meant before its last promotion; returns the record."""
         return promotion.rollback(self, target, reason, by)
 
-    def push(self, version: Version, target: "Registry") -> "transfer.Report":
+    def push(self, version: Version, target: "Registry", allow_code: bool = False) -> "transfer.Report":
         """Copy a version and its ancestors to another registry, verified; only what is missing there moves."""
         from baton.registry.travel import transfer
 
-        return transfer.push(self, version, target)
+        return transfer.push(self, version, target, allow_code=allow_code)
 
-    def pull(self, source: "Registry", ref: str) -> "transfer.Report":
+    def pull(self, source: "Registry", ref: str, allow_code: bool = False) -> "transfer.Report":
         """Copy a version of another registry, and its ancestors, into this one."""
         from baton.registry.travel import transfer
 
-        return transfer.pull(self, source, ref)
+        return transfer.pull(self, source, ref, allow_code=allow_code)
 
     def export(self, version: Version, file: str | Path, without: Sequence[Version] = ()) -> "bundle.Exported":
         """Write a version and its ancestors, but those of `without`, into one file: the same bytes every time."""
@@ -274,11 +275,11 @@ class Registry:
 
         return bundle.export(self, version, Path(file), without)
 
-    def import_bundle(self, file: str | Path) -> list[Version]:
+    def import_bundle(self, file: str | Path, allow_code: bool = False) -> list[Version]:
         """Register what a bundle holds, once all of it is verified; the last version is the one that was exported."""
         from baton.registry.travel import bundle
 
-        return bundle.import_bundle(self, Path(file))
+        return bundle.import_bundle(self, Path(file), allow_code=allow_code)
 
     def attestations(self, version: Version, kind: str | None = None) -> list[Attestation]:
         """What was said of a version since it was published, oldest first; kind: evaluation, approval, …"""
@@ -351,6 +352,7 @@ class Registry:
         if version.base:
             base_folder = materialise.into_cache(self.store, version.base, self.manifest(version.base), None)
         folder = materialise.into_cache(self.store, version.digest, version.manifest, base_folder)
+        first_use.prove_once(self, version, folder, base_folder)
         return folder, base_folder
 
     def _has_policy(self) -> bool:

@@ -18,6 +18,8 @@ FORMAT = "baton.manifest/1"
 _HEX = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _NONE = type(None)
+_PATH_INSIDE = re.compile(r"(?:(?<==)|(?<=file://))/[^\s\"'=;,/]+/[^\s\"'=;,]+")
+"""An absolute path in an address or a command's option."""
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 1024, 255  # what every file system can store
 _FIELDS: dict[str, tuple[type, ...]] = {
     "format": (str,),
@@ -128,7 +130,7 @@ def _file_problems(files: list[Any]) -> list[str]:
             return [f"bad file entry {entry!r}"]
         path, sha256, size = entry["path"], entry["sha256"], entry["size"]
         if not isinstance(path, str) or not is_safe_path(path):
-            return [f"unsafe file path {path!r}"]
+            return [f"unsafe file path {path!r:.300}"]
         # as file systems compare names that take capitals, or two spellings of é, for the same
         key = unicodedata.normalize("NFC", path).casefold()
         if key in seen:
@@ -175,7 +177,10 @@ def storable(value: Any) -> Any:
         value = str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if isinstance(value, str) and os.path.isabs(value) and value.count("/") > 1 and not re.search(r"\s", value):
-        return "…/" + PurePosixPath(value).name
+    if isinstance(value, str):
+        # With spaces in it, it is a path only if there is such a file: a sentence may begin with a stroke.
+        if os.path.isabs(value) and value.count("/") > 1 and (not re.search(r"\s", value) or os.path.exists(value)):
+            return "…/" + PurePosixPath(value).name
+        return _PATH_INSIDE.sub(lambda found: "…/" + PurePosixPath(found[0]).name, value)
     assert value is None or isinstance(value, (str, bool, int, float)), f"not JSON: {type(value)}"
     return value

@@ -23,6 +23,9 @@ def verify(
     ref: Annotated[str | None, typer.Argument(metavar="[REF]")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Verify everything in the registry.")] = False,
     deep: DeepOption = False,
+    reward: Annotated[
+        str | None, typer.Option("--with", metavar="REF", help="A reward model: can it read what REF writes, as it is?")
+    ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -31,6 +34,12 @@ def verify(
         raise UserError("say what to verify: either a REF, or --all.")
     reg = Registry(registry)
     problems = reg.verify(reg.resolve(ref), deep=deep) if ref else reg.verify_all(deep=deep)
+    if reward is not None:
+        from baton.registry.compatibility import differences
+
+        if ref is None:
+            raise UserError("--with compares one version with a reward model; name the version too.")
+        problems += differences(reg.resolve(ref), reg.resolve(reward))
     if as_json:
         print_json(problems)
     else:

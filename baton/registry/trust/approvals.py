@@ -85,11 +85,8 @@ def publishers_of(registry: "Registry", version: Version) -> set[str]:
     """Everybody who published this content, here, under another name, or in a registry that it came from."""
     origins = attestations.of(registry, version.digest, "origin")
     found = {str(origin.body["published_by"]) for origin in origins if "published_by" in origin.body}
-    for name in registry.models(with_deleted=True):
-        for record in registry.version_records(name, with_deleted=True).values():
-            if record["digest"] == version.digest:
-                found.add(str(record.get("by")))
-    return found
+    everywhere = registry.every_record(with_deleted=True)
+    return found | {str(record.get("by")) for _, _, record, _ in everywhere if record["digest"] == version.digest}
 
 
 def _keys_of(registry: "Registry", approval: Attestation, keys: Sequence[str]) -> set[str]:

@@ -33,7 +33,11 @@ def test_storable_hides_local_paths_and_spells_what_json_cannot() -> None:
         "prompt": "/ask what is / and /usr",
         1: True,
     }
+    given |= {"url": "file:///home/ann/a b/x.bin", "option": "--in=/home/ann/x.bin", "web": "https://host/a/b?c=/d"}
     assert storable(given) == {
+        "url": "file://…/a b/x.bin",
+        "option": "--in=…/x.bin",
+        "web": "https://host/a/b?c=/d",
         "run_dir": "…/x",
         "rows": [1, None],
         "loss": "nan",

@@ -11,7 +11,7 @@ from baton.registry import Registry
 from baton.registry.care.leases import lease
 from baton.registry.commands import upkeep
 from tests.baton.registry.care import small_models
-from tests.baton.registry.conftest import overwrite, paths
+from tests.baton.registry.conftest import Folders, overwrite, paths
 
 app = typer.Typer()
 upkeep.register(app)
@@ -83,3 +83,16 @@ def test_fsck_says_what_depends_and_repairs(small: Registry, new_location) -> No
     assert json.loads(run(small, "verify", "--all", "--json", exit_code=1).stdout)
     assert f"repaired blobs/sha256/{blob}" in run(small, "fsck", "--from", other.location).stdout
     assert run(small, "fsck").exit_code == 0
+
+
+def test_verify_with_a_reward_model_compares_what_they_read(
+    filled_folder: Registry, folders: Folders
+) -> None:
+    assert "no problem" in run(filled_folder, "verify", "team/adapter:1", "--with", "team/reward:1").stdout
+    (folders.reward / "chat_template.jinja").write_text("{{ messages }}")
+    base = filled_folder.resolve("team/base:1")
+    other = filled_folder.publish(folders.reward, name="team/other-reward", kind="reward", base=base)
+    said = run(filled_folder, "verify", "team/adapter:1", "--with", other.ref, exit_code=1).stdout
+    assert "different chat templates" in said and "1 problem(s)" in said
+    with pytest.raises(UserError, match="name the version too"):
+        run(filled_folder, "verify", "--all", "--with", other.ref)
