@@ -3,7 +3,7 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from baton.registry.travel import bundle, transfer
 
 FORMAT = "baton.registry/1"
+_SHOWN_RUNS = 8
 _READ_AT_A_TIME = 500
 
 
@@ -188,8 +189,8 @@ class Registry:
         *,
         name: str,
         kind: str,
-        base: Version | None = None,
-        parents: dict[str, Version] | None = None,
+        base: Version | str | None = None,
+        parents: Mapping[str, Version | str] | None = None,
         details: dict[str, Any] | None = None,
         allow_code: bool = False,
         allowed_licences: list[str] | None = None,
@@ -197,7 +198,7 @@ class Registry:
         """Publish a folder written by save_pretrained; the same content again gives the version that exists.
 
         kind: base, adapter, reward, value or merged. base: of an adapter; a reward or value model
-        without one is a whole classifier. parents: by role.
+        without one is a whole classifier. parents: by role. Both as versions or as references.
         details: any of data, recipe, metrics, licence, build_key, code, packages, for the manifest.
         allow_code: publish although `auto_map` makes loading run Python files of the folder.
         allowed_licences: SPDX identifiers; another licence of it, its ancestors or its data is refused.
@@ -206,7 +207,9 @@ class Registry:
         from baton.registry.trust import policy
 
         allowed = policy.allowed_licences(self, allowed_licences)
-        return publish(self, Path(folder), name, kind, base, parents or {}, details or {}, allow_code, allowed)
+        found = {role: self._version_of(parent) for role, parent in (parents or {}).items()}
+        on = None if base is None else self._version_of(base)
+        return publish(self, Path(folder), name, kind, on, found, details or {}, allow_code, allowed)
 
     def materialise(self, version: Version, folder: Path | None = None, replay_probe: bool = False) -> Path:
         """A plain, verified folder of the version: in the cache, or in `folder`, absent or empty."""
@@ -333,6 +336,9 @@ class Registry:
             self._records[name, number] = found
         return self._records[name, number]
 
+    def _version_of(self, given: Version | str) -> Version:
+        return self.resolve(given) if isinstance(given, str) else given
+
     def _by_number(self, name: str, number: int) -> Version:
         if self.store.exists(records.record_path(records.tombstones_folder(name), number)):
             raise UserError(self._deleted(name, number))
@@ -403,4 +409,12 @@ def _open(location: str | Path, create: bool) -> Store:
 
 
 def _span(numbers: list[int]) -> str:
-    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    """`1, 3 to 7, 9`: each run of numbers by its ends; of many runs the last ones."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    texts = [f"{run[0]} to {run[1]}" if len(run) == 2 else f"{run[0]}" for run in runs]
+    return ", ".join(texts if len(texts) <= _SHOWN_RUNS else ["…", *texts[-_SHOWN_RUNS:]])

@@ -40,7 +40,8 @@ def publish(
 ) -> Version:
     """Publish `folder` as the next version of `name`; the same content again gives the existing version."""
     check_name(name)
-    assert set(details) <= DETAILS, f"unknown details: {set(details) - DETAILS}"
+    if unknown := sorted(set(details) - DETAILS):
+        raise UserError(f"publishing {name}: details has {', '.join(unknown)}; expected {', '.join(sorted(DETAILS))}.")
     paths = inspect(folder, kind, base, allow_code)
     if sum((folder / path).stat().st_size for path in paths) > _WORTH_OVERLAPPING:
         probe_process.start()  # it imports torch while the files are copied

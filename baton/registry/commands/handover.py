@@ -44,6 +44,8 @@ def get(
     version = reg.resolve(ref)
     reg.merge(version, folder) if merge else reg.materialise(version, folder, replay_probe=True)
     typer.echo(f"{version.ref} is in {folder}")
+    if version.base and not merge:
+        typer.echo(f"its base is in {folder / 'base'}; it loads only at this place: to hand it on, get it with --merge")
 
 
 def publish(
@@ -83,7 +85,11 @@ def publish(
         allowed_licences=allow_licence,
     )
     if alias is not None:
-        reg.promote(version.ref, alias, reason="published under this alias")
+        try:
+            reg.promote(version.ref, alias, reason="published under this alias")
+        except UserError as error:
+            done = f"{version.ref} is published ({version.digest}), but {alias} stays as it was"
+            raise UserError(f"{done}: {error}") from error
     _print_version(version, as_json)
 
 

@@ -43,7 +43,8 @@ def children(registry: "Registry", version: Version) -> list[Child]:
 def survey(registry: "Registry", version: Version) -> Survey:
     """As `children`, but damage elsewhere does not hide what is known."""
     names = all_names(registry)
-    found, unreadable = _read(registry, list(names))
+    collected = {digest for digest, named in names.items() if all(one.is_deleted for one in named)}
+    found, unreadable = _read(registry, list(names), collected)
     depths = _depths(version.digest, found)
     refs = [named.ref for digest in depths for named in names.get(digest, [])]
     aliases = aliases_of(registry, refs)
@@ -55,8 +56,13 @@ def survey(registry: "Registry", version: Version) -> Survey:
     return Survey(sorted(described, key=lambda child: (child.depth, child.ref)), unreadable)
 
 
-def _read(registry: "Registry", digests: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The manifests of `digests` and of all their ancestors, whether these are versions or not."""
+def _read(
+    registry: "Registry", digests: list[str], may_be_gone: set[str]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The manifests of `digests` and of all their ancestors, whether these are versions or not.
+
+    may_be_gone: those of deleted versions, which garbage collection takes away once nothing descends from them.
+    """
     found: dict[str, dict[str, Any]] = {}
     unreadable: list[str] = []
     asked: set[str] = set()
@@ -66,6 +72,8 @@ def _read(registry: "Registry", digests: list[str]) -> tuple[dict[str, dict[str,
         stored = registry.store.get_many(list(paths))
         for path, digest in paths.items():
             where = registry.store.describe(path)
+            if path not in stored and digest in may_be_gone:
+                continue
             try:
                 if path not in stored:
                     raise UserError(f"{where} is missing. Copy it from a backup or the registry that has it.")

@@ -234,12 +234,12 @@ def _metric(
     others = theirs.get(condition.metric)
     if others is None or all(other.is_hearsay for other in others):
         found = (
-            f"{alias} means {current.ref}, which has no metric {condition.metric}; {_known(condition, theirs)}. "
+            f"{current.ref} of {alias} has no metric {condition.metric}; {_known(condition, theirs)}. "
             f"Measure it: `baton attest {current.ref} {condition.metric}=… --as NAME`"
         )
         return Outcome(text, False, f"{listed}; {found}")
     holds = all(condition.holds(value.number, other.number) for value in values for other in others)
-    return Outcome(text, holds, f"{listed}; {alias} means {current.ref}: {_listed(others)}")
+    return Outcome(text, holds, f"{listed}; against {current.ref} of {alias}: {_listed(others)}")
 
 
 def _current(registry: Registry, version: Version, alias: str) -> Version | str:
@@ -249,7 +249,8 @@ def _current(registry: Registry, version: Version, alias: str) -> Version | str:
     if number == version.number:
         number = history[-1].get("previous")  # so that promoting twice has one answer
     if number is None:
-        return f"{version.name}:{alias} means nothing yet"
+        is_first = not history or history[-1]["to"] != version.number
+        return f"{version.name}:{alias} " + ("means nothing yet" if is_first else f"meant nothing before {version.ref}")
     if number in registry.deleted_numbers(version.name):
         return f"{version.name}:{number}, which {alias} meant, was deleted"
     return registry.resolve(f"{version.name}:{number}")

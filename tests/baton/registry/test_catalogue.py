@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from baton.errors import UserError
 from baton.registry import Registry, Version
+from baton.registry.catalogue import _span
 from baton.registry.manifest import manifest_path
 from baton.registry.stores import blob_path
-from tests.baton.registry.conftest import flip, in_processes, overwrite, paths, remove
+from tests.baton.registry.conftest import Folders, flip, in_processes, overwrite, paths, remove
 
 
 def test_opening(new_location: Callable[[str], str], store_kind: str) -> None:
@@ -206,3 +208,18 @@ def test_lineage(filled: Registry) -> None:
     assert sft["ref"] == "team/adapter:1" and list(sft["parents"]) == ["pretrain"]
     assert sft["parents"]["pretrain"]["ref"] == "team/base:1"
     assert sft["parents"]["pretrain"]["parents"] == {}
+
+
+def test_bases_and_parents_may_be_references(filled_folder: Registry, folders: Folders) -> None:
+    given: Any = {"name": "team/again", "kind": "adapter"}
+    first = filled_folder.publish(folders.adapter, base="team/base:1", parents={"init": "team/reward:1"}, **given)
+    as_versions = {"init": filled_folder.resolve("team/reward:1")}
+    base = filled_folder.resolve("team/base:1")
+    assert filled_folder.publish(folders.adapter, base=base, parents=as_versions, **given) == first
+    with pytest.raises(UserError, match="details has licnce; expected build_key, code, data, licence"):
+        filled_folder.publish(folders.adapter, base=base, details={"licnce": "mit"}, **given)
+
+
+def test_numbers_are_told_by_their_runs() -> None:
+    assert [_span(numbers) for numbers in ([3], [1, 2, 3], [1, 3, 4, 9], [])] == ["3", "1 to 3", "1, 3 to 4, 9", ""]
+    assert _span(list(range(1, 40, 2))) == "…, 25, 27, 29, 31, 33, 35, 37, 39"

@@ -166,7 +166,11 @@ def test_what_a_killed_materialisation_left_is_swept(
             left = [path for path in cache.iterdir() if "partial" in path.name]
             assert len(left) == 2 and (left[0] if left[0].is_dir() else left[1]).joinpath("config.json").is_file()
     folder = filled_folder.materialise(version)
-    assert {path.name for path in cache.iterdir()} == {folder.name, f"{folder.name}.stamp.json"}
+    assert {path.name for path in cache.iterdir()} == {
+        folder.name,
+        f"{folder.name}.stamp.json",
+        f"{folder.name}.proven",
+    }
 
 
 def test_a_killed_get_into_a_folder_that_is_there_goes_on(

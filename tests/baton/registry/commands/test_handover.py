@@ -17,6 +17,7 @@ from baton.errors import UserError
 from baton.registry import Registry
 from baton.registry.commands import handover
 from baton.registry.trust import attestations
+from baton.registry.trust.policy import set_policy
 from tests.baton.registry.conftest import paths
 from tests.baton.registry.travel.made_up import add, add_family
 
@@ -203,3 +204,12 @@ def test_bytes_on_their_way_are_shown_on_a_terminal_only(
             bar(2_500_000, 2_500_000)
         shown = capsys.readouterr()
         assert ("push team/x:1 3/3" in shown.out + shown.err) == (is_terminal and not is_quiet)
+
+
+def test_a_refused_alias_does_not_hide_the_version(filled_folder: Registry, folders: Any, tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text("aliases: {prod: {approvals: {at_least: 1}}}")
+    set_policy(filled_folder, tmp_path / "policy.yaml", "ann")
+    words = ["publish", str(folders.base), "--name", "team/new", "--kind", "base", "--alias", "prod"]
+    with pytest.raises(UserError, match=r"team/new:1 is published \(sha256:.*\), but prod stays as it was: "):
+        run(*words, "--registry", filled_folder.location)
+    assert filled_folder.resolve("team/new:1").kind == "base" and filled_folder.aliases("team/new") == {}

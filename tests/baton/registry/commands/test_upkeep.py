@@ -10,8 +10,9 @@ from baton.errors import UserError
 from baton.registry import Registry
 from baton.registry.care.leases import lease
 from baton.registry.commands import upkeep
+from baton.registry.manifest import manifest_path
 from tests.baton.registry.care import small_models
-from tests.baton.registry.conftest import Folders, overwrite, paths
+from tests.baton.registry.conftest import Folders, overwrite, paths, remove
 
 app = typer.Typer()
 upkeep.register(app)
@@ -96,3 +97,15 @@ def test_verify_with_a_reward_model_compares_what_they_read(
     assert "different chat templates" in said and "1 problem(s)" in said
     with pytest.raises(UserError, match="name the version too"):
         run(filled_folder, "verify", "--all", "--with", other.ref)
+
+
+def test_children_say_nothing_of_what_was_deleted_and_collected(small: Registry) -> None:
+    from baton.registry.history.children import survey
+
+    run(small, "delete", "team/gone:1", "--why", "never used")
+    run(small, "gc", "--older-than", "0")
+    found = survey(Registry(small.location), small.resolve("team/base:1"))
+    assert [child.ref for child in found.children] == ["team/child:1"] and found.unreadable == []
+    live = small.resolve("team/child:1")
+    remove(small, manifest_path(live.digest))
+    assert "is missing" in survey(Registry(small.location), small.resolve("team/base:1")).unreadable[0]

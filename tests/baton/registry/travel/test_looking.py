@@ -126,6 +126,7 @@ def test_the_proof_tells_an_adapter_whose_base_was_swapped(
     transfer.push(filled_folder, filled_folder.resolve("team/other:1"), target)
     here = target.resolve("team/adapter:1")
     folder, other = here.folder(), target.resolve("team/other:1").folder()
+    folder.with_name(f"{folder.name}.proven").unlink()  # as if it had never been loaded from this cache
     with pytest.raises(CheckFailed, match="check swapped-base: "):
         prove_once(target, here, folder, other)
     base = target.resolve("team/base:1").folder()

@@ -70,7 +70,7 @@ def test_better_than_what_the_alias_means_now(filled_folder: Registry) -> None:
     # every value of the one against every value of the other: 0.6 is not above 0.65
     evaluations.record(filled_folder, old, {"win": 0.65}, "ann")
     (outcome,) = judge(filled_folder, better, {"metrics": ["win > current"]})
-    expected = "0.6 by the publisher; prod means team/base:2: 0.5 by the publisher, 0.65 by ann"
+    expected = "0.6 by the publisher; against team/base:2 of prod: 0.5 by the publisher, 0.65 by ann"
     assert outcome == Outcome("win > current", False, expected)
     assert holds(filled_folder, better, "win > current - 0.06") == [True]
     assert evaluate(filled_folder, better, load_gate({"metrics": ["win > current"]}), "other")[0].holds
@@ -85,7 +85,7 @@ def test_what_is_compared_with_must_be_known(filled_folder: Registry) -> None:
     new = variant(filled_folder, {"metrics": {"loss": 1.0, "win": 0.5}})
     filled_folder.promote(old.ref, "prod", "first")
     (outcome,) = judge(filled_folder, new, {"metrics": ["win > current"]})
-    assert not outcome.holds and "prod means team/base:2, which has no metric win; it has loss" in outcome.found
+    assert not outcome.holds and "team/base:2 of prod has no metric win; it has loss" in outcome.found
     assert "baton attest team/base:2 win=…" in outcome.found
     evaluations.record(filled_folder, old, {"win": 0.4}, "ann")
     assert holds(filled_folder, new, "win > current", "loss < current") == [True, True]
