@@ -378,6 +378,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where to put the files; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object on one line")
     options = parser.parse_args()
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         found = measure(Path(folder), options.layers, options.only)
     print(json.dumps(found, indent=None if options.json else 2))
