@@ -23,7 +23,8 @@ from baton.registry.version import Version
 if TYPE_CHECKING:
     from baton.registry.travel import bundle, transfer
 
-FORMAT = "baton.registry/1"
+FORMAT = "baton.registry/2"
+_EARLIER = b'"format":"baton.registry/1"'
 _SHOWN_RUNS = 8
 _READ_AT_A_TIME = 500
 
@@ -399,8 +400,14 @@ def _open(location: str | Path, create: bool) -> Store:
             store.put_if_absent(
                 "registry.json", records.sealed("registry.json", {"format": FORMAT, "id": uuid.uuid4().hex})
             )
+    data = store.get("registry.json")
+    if _EARLIER in data:
+        raise UserError(
+            f"{location} was made by an earlier Baton, whose records carried no digests; this one reads {FORMAT!r}. "
+            "Get its models with the Baton that made it, and publish them in a new registry."
+        )
     try:
-        found = records.unsealed("registry.json", store.get("registry.json"), store.describe("registry.json"))["format"]
+        found = records.unsealed("registry.json", data, store.describe("registry.json"))["format"]
     except (UserError, KeyError) as error:
         raise UserError(f"{location} is not a registry: its registry.json is damaged ({error}). Restore it.") from error
     if found != FORMAT:

@@ -220,6 +220,12 @@ def test_bases_and_parents_may_be_references(filled_folder: Registry, folders: F
         filled_folder.publish(folders.adapter, base=base, details={"licnce": "mit"}, **given)
 
 
+def test_a_registry_of_an_earlier_baton_is_named(tmp_path: Path) -> None:
+    (tmp_path / "registry.json").write_text('{"format":"baton.registry/1","id":"ab"}')
+    with pytest.raises(UserError, match="made by an earlier Baton.*publish them in a new registry"):
+        Registry(tmp_path, create=True)
+
+
 def test_numbers_are_told_by_their_runs() -> None:
     assert [_span(numbers) for numbers in ([3], [1, 2, 3], [1, 3, 4, 9], [])] == ["3", "1 to 3", "1, 3 to 4, 9", ""]
     assert _span(list(range(1, 40, 2))) == "…, 25, 27, 29, 31, 33, 35, 37, 39"
