@@ -59,7 +59,7 @@ clean:
 	@echo "installing into .venv (pinned by constraints.txt) …"
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation -e .
+	$(PIP) --no-build-isolation -e '.[ui]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
