@@ -5,6 +5,8 @@ import os
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # halves the time of tiny trainings
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["BATON_PROGRESS"] = "plain"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers whose threads spin keep each other waiting
 
 import json
 import shutil
@@ -13,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -299,3 +301,48 @@ def tiny_llama() -> Any:
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
+
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class RoleFolders(NamedTuple):
+    """Folders by save_pretrained."""
+
+    base: Path
+    sft: Path
+    reward: Path
+
+
+def randomised(model: Any, seed: int) -> Any:
+    """The PEFT model with every LoRA tensor, and the head, drawn at random, so that each adapter changes the model."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "score.modules_to_save" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[Any, int], Any]:
+    """`randomised`, for tests that make adapters of their own."""
+    return randomised
+
+
+@pytest.fixture(scope="session")
+def role_folders(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> RoleFolders:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    root = tmp_path_factory.mktemp("roles")
+    folders = RoleFolders(root / "base", root / "sft", root / "reward")
+    tiny_llama.save_pretrained(folders.base)
+    causal = AutoModelForCausalLM.from_pretrained(folders.base)
+    sft = get_peft_model(causal, LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=LAYERS))
+    randomised(sft, seed=1).save_pretrained(folders.sft)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folders.base, num_labels=1)
+    reward = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=9, target_modules=LAYERS))
+    randomised(reward, seed=2).save_pretrained(folders.reward)
+    return folders

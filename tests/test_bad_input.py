@@ -173,9 +173,9 @@ def test_a_format_that_gives_other_rows(programs: Programs) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.jsonl", gzip.compress(b'{"messages": []}\n'), "rows.jsonl line 1 is not UTF-8"),
+        ("rows.jsonl", gzip.compress(b'{"messages": []}\n', mtime=0), "rows.jsonl line 1 is not UTF-8"),
         ("rows.jsonl.gz", b'{"messages": []}\n', "rows.jsonl.gz cannot be read"),
-        ("rows.jsonl.gz", gzip.compress(b'{"messages": []}\n' * 99)[:-9], "rows.jsonl.gz is cut off"),
+        ("rows.jsonl.gz", gzip.compress(b'{"messages": []}\n' * 99, mtime=0)[:-9], "rows.jsonl.gz is cut off"),
         ("rows.parquet", b"PAR0", "rows.parquet is not a parquet file"),
         ("rows.jsonl", b"name,age\nAda,36\n", "rows.jsonl line 1 is not JSON"),
         ("rows.csv", b"name,age\nAda,36\n", "rows.csv: the suffix .csv is not read"),

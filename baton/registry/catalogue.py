@@ -37,7 +37,8 @@ class Registry:
 
         Raises UserError when there is no registry, or something else.
         """
-        self.store: Store = _open(location, create)
+        self.store: Store
+        self.store, self.is_new = _open(location, create)  # is_new: it was made just now
         # Records and manifests never change: what was read once, and was whole, need not be read again.
         self._records: dict[tuple[str, int], dict[str, Any]] = {}
         self._manifests: dict[str, dict[str, Any]] = {}
@@ -380,8 +381,8 @@ class Registry:
             raise UserError(f"{self.location} has no model {name!r}; nearest: {listed}.")
 
 
-def _open(location: str | Path, create: bool) -> Store:
-    store = open_store(location)
+def _open(location: str | Path, create: bool) -> tuple[Store, bool]:
+    store, is_new = open_store(location), False
     folder = Path(location).expanduser()
     with storage_errors_are_user_errors(f"opening the registry {location} failed"):
         if not is_url(str(location)) and folder.exists() and not folder.is_dir():
@@ -397,9 +398,8 @@ def _open(location: str | Path, create: bool) -> Store:
             raise UserError(f"there is no registry at {location}. Publishing there makes one; or name another.")
         with storage_errors_are_user_errors(f"making the registry {location} failed"):
             store.require_conditional_writes()
-            store.put_if_absent(
-                "registry.json", records.sealed("registry.json", {"format": FORMAT, "id": uuid.uuid4().hex})
-            )
+            made = records.sealed("registry.json", {"format": FORMAT, "id": uuid.uuid4().hex})
+            is_new = store.put_if_absent("registry.json", made)
     data = store.get("registry.json")
     if _EARLIER in data:
         raise UserError(
@@ -412,7 +412,7 @@ def _open(location: str | Path, create: bool) -> Store:
         raise UserError(f"{location} is not a registry: its registry.json is damaged ({error}). Restore it.") from error
     if found != FORMAT:
         raise UserError(f"{location} has registry format {found!r}; this Baton reads {FORMAT!r}. Update Baton.")
-    return store
+    return store, is_new
 
 
 def _span(numbers: list[int]) -> str:

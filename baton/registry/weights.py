@@ -77,11 +77,13 @@ def read_places(path: Path) -> dict[str, Place]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"{path} has no valid safetensors header ({error}). Save the model again.") from error
     ends = [0, *(span[1] for span in spans)]
-    if [span[0] for span in spans] != ends[:-1] or ends[-1] != size - 8 - length or not lengths_fit:
+    if [span[0] for span in spans] != ends[:-1] or ends[-1] != size - 8 - length:
         raise UserError(
             f"{path} is cut off or damaged: it should have {8 + length + ends[-1]} bytes and has {size}. "
             "Save the model again."
         )
+    if not lengths_fit:
+        raise UserError(f"{path} is damaged: a tensor's shape does not fit its number of bytes. Save the model again.")
     return tensors
 
 

@@ -67,7 +67,7 @@ def publish(
     """Publish a folder as the next version of a model; makes the registry when there is none."""
     if alias is not None:
         check_alias(alias)
-    reg = Registry(registry, create=True)
+    reg = _opened(registry)
     parents = {}
     for text in parent or []:
         role, equals, ref = text.partition("=")
@@ -127,7 +127,7 @@ def push(
     from baton.registry.travel import transfer
 
     with Bar(f"push {version.ref}", is_quiet=as_json) as bar:
-        report = transfer.push(reg, version, Registry(target, create=True), bar, allow_code)
+        report = transfer.push(reg, version, _opened(target), bar, allow_code)
     _print_report(report, target, as_json)
 
 
@@ -157,7 +157,7 @@ def pull(
     with Bar(f"pull {ref}", is_quiet=as_json) as bar:
         there = Registry(source)
         version = there.resolve(ref)
-        report = transfer.push(there, version, Registry(registry, create=True), bar, allow_code)
+        report = transfer.push(there, version, _opened(registry), bar, allow_code)
     _print_report(report, registry, as_json)
 
 
@@ -180,7 +180,7 @@ def _pull_from_hub(
         raise UserError(f"say what {ref} is to be here: --name team/name --kind base (or adapter, …).")
     from baton.registry.travel import hub
 
-    reg = Registry(registry, create=True)
+    reg = _opened(registry)
     found = reg.resolve(base) if base else None
     version = hub.pull(reg, repo_id, revision, name, kind, base=found, allow_code=allow_code)
     _print_version(version, as_json)
@@ -231,7 +231,9 @@ def import_models(
     """Register what a bundle holds, after the last byte of it is verified."""
     from baton.registry.travel import bundle
 
-    reg = Registry(registry, create=True)
+    if file != "-" and not Path(file).is_file():
+        raise UserError(f"{file} cannot be read: No such file. Name a bundle that baton export wrote.")
+    reg = _opened(registry)
     with Bar(f"import {file}", is_quiet=as_json) as bar:
         stream = sys.stdin.buffer if file == "-" else Path(file)
         versions = bundle.import_bundle(reg, stream, bar, allow_code)
@@ -240,6 +242,14 @@ def import_models(
     else:
         for version in versions:
             typer.echo(f"{version.ref} {version.digest}")
+
+
+def _opened(location: str) -> Registry:
+    """A registry that may not be there yet; who mistyped its name should see that this made another."""
+    reg = Registry(location, create=True)
+    if reg.is_new:
+        typer.echo(f"made a new registry in {location}", err=True)
+    return reg
 
 
 class Bar:

@@ -103,7 +103,7 @@ EMPTY = {
     "a.json": b" ",
     "b.json": b"[]",
     "a.parquet": b"",
-    "a.jsonl.gz": gzip.compress(b""),
+    "a.jsonl.gz": gzip.compress(b"", mtime=0),
     "b.jsonl.gz": b"",
     "a.jsonl.zst": zstandard.compress(b""),
 }
@@ -135,7 +135,7 @@ def test_an_empty_file_among_others(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "x"},\n{"text": "caf\xe9"}]', "a.json line 2 is not UTF-8"),
         ("a.txt", "A fox.".encode("utf-16"), "a.txt line 1 is not UTF-8"),
         ("a.parquet", b"no parquet at all", "a.parquet is not a parquet file"),
-        ("a.txt.gz", gzip.compress(bytes(range(65, 90)) * 99)[:-20], "a.txt.gz is cut off"),
+        ("a.txt.gz", gzip.compress(bytes(range(65, 90)) * 99, mtime=0)[:-20], "a.txt.gz is cut off"),
         ("a.txt.gz", b"A fox.", "a.txt.gz cannot be read"),
         ("a.txt.zst", b"A fox.", "a.txt.zst cannot be read"),
         ("a.txt.zst", zstandard.compress(bytes(range(65, 90)) * 99)[:-5], "a.txt.zst cannot be read"),

@@ -14,8 +14,10 @@ import logging
 import multiprocessing
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -350,6 +352,20 @@ def remove(registry: Registry, path: str) -> None:
     registry.store.delete(path)
 
 
+def make_older(registry: Registry, path: str, seconds: float) -> None:
+    """Let a stored file look as if it had been written so long ago."""
+    store = registry.store
+    then = time.time() - seconds
+    if isinstance(store, LocalStore):
+        os.utime(store.path(path), (then, then))
+        return
+    from moto.s3.models import s3_backends
+
+    bucket, _, prefix = store.location.removeprefix("s3://").partition("/")
+    key = s3_backends[ObjectServer.ACCOUNT]["aws"].get_object(bucket, f"{prefix}/{path}")
+    key.last_modified = datetime.fromtimestamp(then, UTC).replace(tzinfo=None)
+
+
 def flip(registry: Registry, path: str, at: int = 100) -> None:
     """Change one bit of a stored file."""
     data = bytearray(registry.store.get(path))
@@ -359,18 +375,28 @@ def flip(registry: Registry, path: str, at: int = 100) -> None:
 
 def in_processes(registry: Registry, target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
     """Run a module's function once for each tuple of arguments, all at once, and see that none fails."""
-    spawned_or_forked("folder" if isinstance(registry.store, LocalStore) else "s3", target, arguments)
+    all_at_once(store_kind_of(registry), target, arguments)
 
 
-def spawned_or_forked(store_kind: str, target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
-    """The same by the kind of store: forking is fast, but obstore's threads do not survive it."""
-    context: Any = multiprocessing.get_context("fork" if store_kind == "folder" else "spawn")
-    processes = [context.Process(target=target, args=each) for each in arguments]
+def store_kind_of(registry: Registry) -> str:
+    """What `store_kind` was."""
+    return "folder" if isinstance(registry.store, LocalStore) else "s3"
+
+
+def all_at_once(store_kind: str, target: Callable[..., None], arguments: list[tuple[Any, ...]]) -> None:
+    """The same by the kind of store."""
+    processes = [process_on(store_kind, target, each) for each in arguments]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def process_on(store_kind: str, target: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
+    """A process, not yet started: forking is fast, but obstore's threads do not survive it."""
+    context: Any = multiprocessing.get_context("fork" if store_kind == "folder" else "spawn")
+    return context.Process(target=target, args=arguments)
 
 
 @pytest.fixture(scope="session")

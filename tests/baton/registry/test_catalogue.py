@@ -143,21 +143,21 @@ def test_promoters_at_once_leave_a_history_without_forks(filled: Registry) -> No
     assert filled.verify_all() == []
 
 
-def test_every_flipped_bit_is_found(filled_folder: Registry) -> None:
-    filled_folder.promote("team/base:1", "prod", "x")
-    assert filled_folder.verify_all() == []
-    for path in paths(filled_folder):
+def test_every_flipped_bit_is_found(filled: Registry) -> None:
+    filled.promote("team/base:1", "prod", "x")
+    assert filled.verify_all() == []
+    for path in paths(filled):
         if path == "registry.json":
             continue
-        whole = filled_folder.store.get(path)
+        whole = filled.store.get(path)
         if path.startswith("models/"):  # records are small: cut them instead, a bit may be in free text
-            overwrite(filled_folder, path, whole[:-1])
+            overwrite(filled, path, whole[:-1])
         else:
-            flip(filled_folder, path)
-        problems = filled_folder.verify_all()
+            flip(filled, path)
+        problems = filled.verify_all()
         assert problems and any(path in problem for problem in problems), path
-        overwrite(filled_folder, path, whole)
-    assert filled_folder.verify_all() == []
+        overwrite(filled, path, whole)
+    assert filled.verify_all() == []
 
 
 def test_verify_follows_base_and_parents(filled: Registry) -> None:
@@ -210,14 +210,14 @@ def test_lineage(filled: Registry) -> None:
     assert sft["parents"]["pretrain"]["parents"] == {}
 
 
-def test_bases_and_parents_may_be_references(filled_folder: Registry, folders: Folders) -> None:
+def test_bases_and_parents_may_be_references(filled: Registry, folders: Folders) -> None:
     given: Any = {"name": "team/again", "kind": "adapter"}
-    first = filled_folder.publish(folders.adapter, base="team/base:1", parents={"init": "team/reward:1"}, **given)
-    as_versions = {"init": filled_folder.resolve("team/reward:1")}
-    base = filled_folder.resolve("team/base:1")
-    assert filled_folder.publish(folders.adapter, base=base, parents=as_versions, **given) == first
+    first = filled.publish(folders.adapter, base="team/base:1", parents={"init": "team/reward:1"}, **given)
+    as_versions = {"init": filled.resolve("team/reward:1")}
+    base = filled.resolve("team/base:1")
+    assert filled.publish(folders.adapter, base=base, parents=as_versions, **given) == first
     with pytest.raises(UserError, match="details has licnce; expected build_key, code, data, licence"):
-        filled_folder.publish(folders.adapter, base=base, details={"licnce": "mit"}, **given)
+        filled.publish(folders.adapter, base=base, details={"licnce": "mit"}, **given)
 
 
 def test_a_registry_of_an_earlier_baton_is_named(tmp_path: Path) -> None:

@@ -77,9 +77,7 @@ def test_an_adapter_of_another_shape_is_refused(filled: Registry, folders: Any) 
     refused("swapped-base", publish, r"does not fit its base .*q_proj.lora_A.weight has shape \(2, 96\)")
 
 
-def test_a_base_swapped_after_publishing_is_found_by_the_probe(
-    filled: Registry, folders: Any, tmp_path: Path
-) -> None:
+def test_a_base_swapped_after_publishing_is_found_by_the_probe(filled: Registry, folders: Any, tmp_path: Path) -> None:
     """In a folder that somebody has got, where no digest guards the base any more."""
     from baton.registry.probe import replay
 

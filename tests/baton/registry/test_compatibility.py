@@ -23,8 +23,8 @@ def changed(version: Version, **changes: Any) -> Version:
 
 
 @pytest.fixture
-def pair(filled_folder: Registry) -> tuple[Version, Version]:
-    return filled_folder.resolve("team/adapter:1"), filled_folder.resolve("team/reward:1")
+def pair(filled: Registry) -> tuple[Version, Version]:
+    return filled.resolve("team/adapter:1"), filled.resolve("team/reward:1")
 
 
 def test_what_reads_the_same_has_no_differences(pair: tuple[Version, Version]) -> None:

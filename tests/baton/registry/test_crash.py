@@ -38,7 +38,6 @@ AGAIN = (
 )
 """Steps that are done more than once, in the middle of it."""
 POINTS = [*(f"{command}.{name}" for command, names in STEPS.items() for name in names), *AGAIN]
-ON_S3 = [*NEW, "publish.4-blob-stored", "push.3-manifest-stored", "gc.2-condemned", "gc.4-blob-deleted"]
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +135,8 @@ def crash(forks: Forks, scene: Scene, point: str) -> None:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_in_a_folder(forks: Forks, set_up: Callable[[str, str], Scene], point: str) -> None:
-    crash(forks, set_up(point.partition(".")[0], "folder"), point)
-
-
-@pytest.mark.parametrize("point", ON_S3)
-def test_killed_on_s3(forks: Forks, set_up: Callable[[str, str], Scene], point: str) -> None:
-    crash(forks, set_up(point.partition(".")[0], "s3"), point)
+def test_killed_there(forks: Forks, set_up: Callable[[str, str], Scene], store_kind: str, point: str) -> None:
+    crash(forks, set_up(point.partition(".")[0], store_kind), point)
 
 
 @pytest.mark.parametrize("point", [point for point in POINTS if point.startswith("publish.") and ":" not in point])

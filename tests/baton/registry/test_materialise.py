@@ -16,24 +16,24 @@ from baton.registry import Registry, Version
 from baton.registry.checks import CheckFailed
 from baton.registry.probe import ProbeMismatch, replay
 from baton.registry.stores import blob_path
-from tests.baton.registry.conftest import flip, remove
+from tests.baton.registry.conftest import flip, in_processes, remove, store_kind_of
 from tests.baton.registry.test_inspection import edit_json
 
 
 def test_every_kind_loads_without_baton_and_merging_is_equal(
-    filled_folder: Registry, made: Any, tmp_path: Path, load_plainly: Any
+    filled: Registry, made: Any, tmp_path: Path, load_plainly: Any
 ) -> None:
     folders: dict[str, Path] = {}
     named = {}
     for kind in ("reward", "value"):
-        whole = filled_folder.publish(made.classifier, name=f"team/whole-{kind}", kind=kind)
-        folders[f"whole {kind}"] = filled_folder.materialise(whole, tmp_path / "got" / f"whole {kind}")
+        whole = filled.publish(made.classifier, name=f"team/whole-{kind}", kind=kind)
+        folders[f"whole {kind}"] = filled.materialise(whole, tmp_path / "got" / f"whole {kind}")
         probe = whole.manifest["probe"]
         named[f"whole {kind}"] = {"kind": "classifier", "folder": str(folders[f"whole {kind}"]), "probe": probe}
     for name in ("base", "adapter", "reward", "value", "merged adapter", "merged reward"):
-        version = filled_folder.resolve(f"team/{name.removeprefix('merged ')}:1")
+        version = filled.resolve(f"team/{name.removeprefix('merged ')}:1")
         is_merged = name.startswith("merged")
-        get = filled_folder.merge if is_merged else filled_folder.materialise
+        get = filled.merge if is_merged else filled.materialise
         folders[name] = get(version, tmp_path / "got" / name)
         kind = {"merged adapter": "merged", "merged reward": "classifier"}.get(name, name)
         named[name] = {"kind": kind, "folder": str(folders[name]), "probe": version.manifest["probe"]}
@@ -106,19 +106,14 @@ def _materialise_often(path: str, barrier: Any) -> None:
             assert (folder / entry["path"]).stat().st_size > 0
 
 
-def test_processes_at_once_share_the_cache(filled_folder: Registry, cache: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    for _ in range(5):
-        barrier = context.Barrier(4)
-        arguments = (filled_folder.location, barrier)
-        processes = [context.Process(target=_materialise_often, args=arguments) for _ in range(4)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0] * 4
-        assert [path.name for path in cache.iterdir() if "partial" in path.name] == []
-        shutil.rmtree(cache)
+def test_processes_at_once_share_the_cache(filled: Registry, cache: Path) -> None:
+    rounds = {"folder": 5, "s3": 1}[store_kind_of(filled)]
+    with multiprocessing.Manager() as manager:
+        for _ in range(rounds):
+            barrier = manager.Barrier(4)
+            in_processes(filled, _materialise_often, [(filled.location, barrier)] * 4)
+            assert [path.name for path in cache.iterdir() if "partial" in path.name] == []
+            shutil.rmtree(cache)
 
 
 def test_a_get_whose_probe_fails_leaves_nothing(
@@ -221,17 +216,17 @@ def test_a_missing_adapter_configuration_is_named(filled: Registry, monkeypatch:
         filled.materialise(version)
 
 
-def test_the_probe_catches_what_checksums_cannot(filled_folder: Registry, tmp_path: Path) -> None:
+def test_the_probe_catches_what_checksums_cannot(filled: Registry, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    other = filled_folder.materialise(filled_folder.resolve("team/other:1"))
+    other = filled.materialise(filled.resolve("team/other:1"))
     for kind in ("adapter", "reward", "value"):
-        version = filled_folder.resolve(f"team/{kind}:1")
-        folder = filled_folder.materialise(version, tmp_path / kind)
+        version = filled.resolve(f"team/{kind}:1")
+        folder = filled.materialise(version, tmp_path / kind)
         replay(folder, folder / "base", version.manifest)
         with pytest.raises(ProbeMismatch, match="not the model that was published"):
             replay(folder, other, version.manifest)  # the base was swapped
-    reward, value = filled_folder.resolve("team/reward:1"), filled_folder.resolve("team/value:1")
+    reward, value = filled.resolve("team/reward:1"), filled.resolve("team/value:1")
     with pytest.raises(ProbeMismatch, match="not the model that was published"):
         replay(tmp_path / "value", tmp_path / "value" / "base", reward.manifest)
     weights = tmp_path / "value" / "adapter_model.safetensors"
@@ -244,29 +239,29 @@ def test_the_probe_catches_what_checksums_cannot(filled_folder: Registry, tmp_pa
     with pytest.raises(ProbeMismatch, match="by up to"):
         replay(tmp_path / "value", tmp_path / "value" / "base", value.manifest)
     with pytest.raises(ProbeMismatch):
-        replay(other, None, filled_folder.resolve("team/base:1").manifest)
+        replay(other, None, filled.resolve("team/base:1").manifest)
 
 
-def test_an_adapter_on_a_base_of_another_shape_does_not_load(filled_folder: Registry, tmp_path: Path) -> None:
+def test_an_adapter_on_a_base_of_another_shape_does_not_load(filled: Registry, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=304, hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
-    version = filled_folder.resolve("team/adapter:1")
+    version = filled.resolve("team/adapter:1")
     with pytest.raises(ProbeMismatch, match="does not load"):
-        replay(filled_folder.materialise(version), tmp_path / "small", version.manifest)
+        replay(filled.materialise(version), tmp_path / "small", version.manifest)
 
 
-def test_replaying_leaves_the_random_state_alone(filled_folder: Registry) -> None:
+def test_replaying_leaves_the_random_state_alone(filled: Registry) -> None:
     import torch
 
-    version = filled_folder.resolve("team/reward:1")
+    version = filled.resolve("team/reward:1")
     torch.manual_seed(5)
     wanted = torch.rand(1)
     torch.manual_seed(5)
-    filled_folder.materialise(version, replay_probe=True)
+    filled.materialise(version, replay_probe=True)
     assert torch.equal(torch.rand(1), wanted)
 
 
@@ -282,11 +277,11 @@ def merged_by_hand(base: Path, adapter: Path, name: str) -> Any:
     return (weights[name].float() + config["lora_alpha"] / config["r"] * delta).to(torch.bfloat16)
 
 
-def test_merging_by_hand_and_in_the_recorded_dtype(filled_folder: Registry, made: Any, tmp_path: Path) -> None:
+def test_merging_by_hand_and_in_the_recorded_dtype(filled: Registry, made: Any, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    folder = filled_folder.merge(filled_folder.resolve("team/adapter:1"), tmp_path / "merged")
+    folder = filled.merge(filled.resolve("team/adapter:1"), tmp_path / "merged")
     found, base = load_file(folder / "model.safetensors"), load_file(made.base / "model.safetensors")
     assert set(found) == set(base) and {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     for name, tensor in found.items():
@@ -296,15 +291,15 @@ def test_merging_by_hand_and_in_the_recorded_dtype(filled_folder: Registry, made
         assert torch.allclose(tensor.float(), wanted.float(), rtol=2**-7, atol=1e-6), name
     assert not list(folder.glob("adapter*"))
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    merged = filled_folder.publish(folder, name="team/merged", kind="merged")
-    assert merged.manifest["tokenizer_digest"] == filled_folder.resolve("team/base:1").manifest["tokenizer_digest"]
-    scorer = filled_folder.merge(filled_folder.resolve("team/reward:1"), tmp_path / "scorer")
-    published = filled_folder.publish(scorer, name="team/scorer", kind="merged")
+    merged = filled.publish(folder, name="team/merged", kind="merged")
+    assert merged.manifest["tokenizer_digest"] == filled.resolve("team/base:1").manifest["tokenizer_digest"]
+    scorer = filled.merge(filled.resolve("team/reward:1"), tmp_path / "scorer")
+    published = filled.publish(scorer, name="team/scorer", kind="merged")
     assert published.manifest["probe"]["output"] == "score"
     assert "score.weight" in load_file(scorer / "model.safetensors")
 
 
-def test_a_base_stored_under_shorter_names_merges(folder_registry: Registry, tmp_path: Path) -> None:
+def test_a_base_stored_under_shorter_names_merges(registry: Registry, tmp_path: Path) -> None:
     """GPT-2 lies on the Hub without `transformer.` before its tensors' names, and is saved with it."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -332,20 +327,20 @@ def test_a_base_stored_under_shorter_names_merges(folder_registry: Registry, tmp
     model.save_pretrained(adapter)
     for folder in (base, adapter):
         save_tokenizer(folder)
-    published = folder_registry.publish(base, name="team/gpt2", kind="base")
-    version = folder_registry.publish(adapter, name="team/adapter", kind="adapter", base=published)
-    merged = folder_registry.merge(version, tmp_path / "merged")
+    published = registry.publish(base, name="team/gpt2", kind="base")
+    version = registry.publish(adapter, name="team/adapter", kind="adapter", base=published)
+    merged = registry.merge(version, tmp_path / "merged")
     found = load_file(merged / "model.safetensors")
     dtypes = {name.removeprefix("transformer."): tensor.dtype for name, tensor in found.items()}
     assert dtypes == {name: tensor.dtype for name, tensor in short.items()}
-    folder_registry.publish(merged, name="team/merged", kind="merged", parents={"adapter": version})
+    registry.publish(merged, name="team/merged", kind="merged", parents={"adapter": version})
     with pytest.raises(CheckFailed, match="unchanged-merge"):
         GPT2LMHeadModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "same")
         save_tokenizer(tmp_path / "same")
-        folder_registry.publish(tmp_path / "same", name="team/same", kind="merged", parents={"adapter": version})
+        registry.publish(tmp_path / "same", name="team/same", kind="merged", parents={"adapter": version})
 
 
-def test_tied_weights_stay_tied(folder_registry: Registry, folders: Any, tmp_path: Path) -> None:
+def test_tied_weights_stay_tied(registry: Registry, folders: Any, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -354,12 +349,12 @@ def test_tied_weights_stay_tied(folder_registry: Registry, folders: Any, tmp_pat
     tensors = load_file(weights)
     del tensors["lm_head.weight"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    base = folder_registry.publish(folders.base, name="team/tied", kind="base")
+    base = registry.publish(folders.base, name="team/tied", kind="base")
     for kind in ("adapter", "reward"):
         edit_json(getattr(folders, kind) / "adapter_config.json", base_model_name_or_path=str(folders.base))
-        version = folder_registry.publish(getattr(folders, kind), name=f"team/{kind}", kind=kind, base=base)
-        folder_registry.materialise(version, replay_probe=True)
-        merged = load_file(folder_registry.merge(version, tmp_path / kind) / "model.safetensors")
+        version = registry.publish(getattr(folders, kind), name=f"team/{kind}", kind=kind, base=base)
+        registry.materialise(version, replay_probe=True)
+        merged = load_file(registry.merge(version, tmp_path / kind) / "model.safetensors")
         assert "lm_head.weight" not in merged and merged["model.norm.weight"].dtype == torch.bfloat16
 
 
@@ -373,39 +368,39 @@ def untrained(version: Version, filled: Registry, folders: Any) -> Version:
 
 
 def test_a_merge_that_changes_nothing_or_has_nothing_to_merge_is_refused(
-    filled_folder: Registry, folders: Any, tmp_path: Path
+    filled: Registry, folders: Any, tmp_path: Path
 ) -> None:
-    base = filled_folder.resolve("team/base:1")
+    base = filled.resolve("team/base:1")
     with pytest.raises(UserError, match="nothing to merge"):
-        filled_folder.merge(base, tmp_path / "merged")
+        filled.merge(base, tmp_path / "merged")
     with pytest.raises(CheckFailed, match="check unchanged-merge: .* unchanged: it was not trained"):
-        filled_folder.merge(untrained(base, filled_folder, folders), tmp_path / "merged")
+        filled.merge(untrained(base, filled, folders), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("kind", ["reward", "value"])
-def test_a_whole_classifier_travels_by_itself(filled_folder: Registry, folders: Any, tmp_path: Path, kind: str) -> None:
+def test_a_whole_classifier_travels_by_itself(filled: Registry, folders: Any, tmp_path: Path, kind: str) -> None:
     """Published, listed, verified deeply, and never merged: there is no base under it."""
-    parent = filled_folder.resolve("team/reward:1")
-    version = filled_folder.publish(folders.classifier, name="team/whole", kind=kind, parents={"init": parent})
+    parent = filled.resolve("team/reward:1")
+    version = filled.publish(folders.classifier, name="team/whole", kind=kind, parents={"init": parent})
     manifest = version.manifest
     assert version.base is None and manifest["probe"]["output"] == "score" and manifest["dtype"] == "float32"
     assert manifest["architecture"]["class"] == "LlamaForSequenceClassification"
-    assert filled_folder.publish(folders.classifier, name="team/whole", kind=kind, parents={"init": parent}) == version
-    assert filled_folder.verify_all(deep=True) == []
-    folder = filled_folder.materialise(version, tmp_path / "got", replay_probe=True)
+    assert filled.publish(folders.classifier, name="team/whole", kind=kind, parents={"init": parent}) == version
+    assert filled.verify_all(deep=True) == []
+    folder = filled.materialise(version, tmp_path / "got", replay_probe=True)
     assert {path.name for path in folder.iterdir()} == {entry["path"] for entry in manifest["files"]}
     with pytest.raises(UserError, match=f"is of kind {kind}: nothing to merge"):
-        filled_folder.merge(version, tmp_path / "merged")
+        filled.merge(version, tmp_path / "merged")
     with pytest.raises(UserError, match=f"is of kind {kind}; an adapter's base is of kind"):
-        filled_folder.publish(folders.reward, name="team/new", kind="reward", base=version)
+        filled.publish(folders.reward, name="team/new", kind="reward", base=version)
 
 
-def test_the_probe_of_a_whole_classifier_sees_its_head(filled_folder: Registry, folders: Any, tmp_path: Path) -> None:
+def test_the_probe_of_a_whole_classifier_sees_its_head(filled: Registry, folders: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    version = filled_folder.publish(folders.classifier, name="team/whole", kind="reward")
-    folder = filled_folder.materialise(version, tmp_path / "got")
+    version = filled.publish(folders.classifier, name="team/whole", kind="reward")
+    folder = filled.materialise(version, tmp_path / "got")
     replay(folder, None, version.manifest)
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
@@ -417,7 +412,7 @@ def test_the_probe_of_a_whole_classifier_sees_its_head(filled_folder: Registry, 
     with pytest.raises(ProbeMismatch, match="by up to"):
         replay(folder, None, version.manifest)
     with pytest.raises(ProbeMismatch):
-        replay(filled_folder.materialise(filled_folder.resolve("team/base:1")), None, version.manifest)
+        replay(filled.materialise(filled.resolve("team/base:1")), None, version.manifest)
 
 
 def test_a_merged_reward_model_may_be_published_as_one(filled: Registry, tmp_path: Path) -> None:

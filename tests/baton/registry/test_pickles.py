@@ -77,8 +77,8 @@ PICKLES = {
     "torch": torch_file(),
     "old torch": torch_file(_use_new_zipfile_serialization=False),
     "zip, other name": zip_file("weights", pickle.dumps(VALUE, 4)),
-    "gzip": gzip.compress(pickle.dumps(VALUE, 4)),
-    "gzip, protocol 0": gzip.compress(pickle.dumps(VALUE, 0)),
+    "gzip": gzip.compress(pickle.dumps(VALUE, 4), mtime=0),
+    "gzip, protocol 0": gzip.compress(pickle.dumps(VALUE, 0), mtime=0),
     "bzip2": bz2.compress(pickle.dumps(VALUE, 4)),
     "xz": lzma.compress(pickle.dumps(VALUE, 4)),
     "numpy objects": numpy_objects(),
@@ -96,7 +96,7 @@ PICKLES = {
     "zip in zip": zip_file("inner", zip_file("weights", pickle.dumps(VALUE, 4))),
     "zip in tar in zip": zip_file("a", tar_file("b", zip_file("c", pickle.dumps(VALUE, 2)))),
     "too deep": zip_file("a", zip_file("b", zip_file("c", zip_file("d", zip_file("e", b"hello"))))),
-    "gzip in zip": zip_file("a.gz", gzip.compress(pickle.dumps(VALUE, 4))),
+    "gzip in zip": zip_file("a.gz", gzip.compress(pickle.dumps(VALUE, 4), mtime=0)),
     "after a text": b"hello" + zip_file("weights", pickle.dumps(VALUE, 4)),
 }
 
@@ -127,7 +127,7 @@ def safetensors_with_header_of(length: int) -> bytes:
         b"MIT License\n\nCopyright.\n",
         b"---\nbase_model: x\n---\n# Card\n.",
         zip_file("notes.txt", b"hello"),
-        gzip.compress(b'{"text": "hello"}\n'),
+        gzip.compress(b'{"text": "hello"}\n', mtime=0),
         zip_file("a", zip_file("b", b"hello")),
         tar_file("notes.txt", b"hello"),
         zlib.compress(b"hello"),
@@ -174,7 +174,7 @@ RUN = b"cposix\nsystem\n(S'true'\ntR"
         RUN + b"\0 and never an end",
         b"(S'true'\niposix\nsystem\n\0",
         b"cos\nsystem\n" + RUN + b"0" * 10 + RUN,
-        gzip.compress(RUN + b".")[:-6],  # cut off, and run up to there
+        gzip.compress(RUN + b".", mtime=0)[:-6],  # cut off, and run up to there
         b"N" * 1_100,
     ],
 )

@@ -232,13 +232,13 @@ def test_it_ends_with_its_parent(ending: str, tmp_path: Path) -> None:
 
 
 def test_publishing_records_in_that_process_and_never_here(
-    folder_registry: Any, folders: Any, monkeypatch: pytest.MonkeyPatch
+    registry: Any, folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def here(*arguments: Any) -> None:
         raise AssertionError("the probe was computed beside the trained model")
 
     monkeypatch.setattr(probe, "compute", here)
     monkeypatch.setattr(probe, "load", here)
-    version = folder_registry.publish(folders.base, name="team/base", kind="base")
+    version = registry.publish(folders.base, name="team/base", kind="base")
     monkeypatch.undo()
-    assert folder_registry.verify(version, deep=True) == []
+    assert registry.verify(version, deep=True) == []

@@ -129,7 +129,6 @@ def test_a_full_disk_publishes_nothing(
     folder_registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """Fail at the first, second, … call: each time the registry stays as it was, until a publish succeeds."""
-    registry = folder_registry
     real = getattr(os, call)
     monkeypatch.setattr("baton.registry.probe.record", lambda *arguments: QUICK_PROBE)
     for failing in range(1, 100):
@@ -145,15 +144,15 @@ def test_a_full_disk_publishes_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
             try:
-                registry.publish(folders.base, name="team/base", kind="base")
+                folder_registry.publish(folders.base, name="team/base", kind="base")
             except UserError as error:
-                assert registry.location in str(error) and "No space left" in str(error)
+                assert folder_registry.location in str(error) and "No space left" in str(error)
             else:
                 break
         # Only the sync after the record's own link comes too late to keep it from appearing.
-        assert registry.models() == [] or call == "fsync"
-        assert registry.store.list("tmp") == [] and registry.verify_all() == []
-    assert failing > 5 and registry.numbers("team/base") == [1] and registry.verify_all() == []
+        assert folder_registry.models() == [] or call == "fsync"
+        assert folder_registry.store.list("tmp") == [] and folder_registry.verify_all() == []
+    assert failing > 5 and folder_registry.numbers("team/base") == [1] and folder_registry.verify_all() == []
 
 
 def test_debris_of_a_killed_publish_is_ignored(filled: Registry, folders: Any) -> None:
@@ -258,7 +257,7 @@ def test_a_model_card_keeps_its_sentences(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("late", ["notes.txt", "config.json"])
 def test_what_changes_while_it_is_copied_is_looked_at_again(
-    folder_registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, late: str
+    registry: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
     """A pickle, or code, that comes after the first look and before the copy."""
     from baton.registry import publish
@@ -278,25 +277,25 @@ def test_what_changes_while_it_is_copied_is_looked_at_again(
     monkeypatch.setattr(publish, "without_local_paths", swapped)
     reason = "is a pickle" if late == "notes.txt" else "has auto_map"
     with pytest.raises(UserError, match=f"^{folders.base / late} {reason}.* It changed while it was being published"):
-        folder_registry.publish(folders.base, name="team/base", kind="base")
-    assert folder_registry.models() == [] and folder_registry.store.list("tmp") == []
+        registry.publish(folders.base, name="team/base", kind="base")
+    assert registry.models() == [] and registry.store.list("tmp") == []
 
 
 @pytest.mark.parametrize("is_told", [True, False])
 def test_a_listing_that_is_remembered_does_not_publish_twice(
-    filled_folder: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, is_told: bool
+    filled: Registry, folders: Any, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
     """As NFS remembers one, until it is asked to look again; and where it does not even then."""
     from baton.registry.stores.local import LocalStore
 
     stale: dict[str, list[str]] = {"models/team/copy/versions": []}
     real = LocalStore.list
-    Registry(filled_folder.location).publish(folders.base, name="team/copy", kind="base")  # on another machine
+    Registry(filled.location).publish(folders.base, name="team/copy", kind="base")  # on another machine
     monkeypatch.setattr(
         LocalStore, "list", lambda store, folder: stale[folder] if folder in stale else real(store, folder)
     )
     if is_told:
         monkeypatch.setattr(LocalStore, "see_latest", lambda store, folder: stale.pop(folder, None))
-    version = filled_folder.publish(folders.base, name="team/copy", kind="base")
+    version = filled.publish(folders.base, name="team/copy", kind="base")
     monkeypatch.undo()
-    assert version.number == 1 and Registry(filled_folder.location).numbers("team/copy") == [1]
+    assert version.number == 1 and Registry(filled.location).numbers("team/copy") == [1]

@@ -85,14 +85,14 @@ def test_orphans_are_counted_and_no_damage(registry: Registry) -> None:
     }
 
 
-def test_what_was_collected_is_not_missed(folder_registry: Registry) -> None:
-    base, child = fill(folder_registry)
-    tombstones.delete(folder_registry, "team/other:1", "x")
-    tombstones.delete(folder_registry, base.ref, "x")
-    assert len(collect(folder_registry, 0).deleted) == 2
-    assert check(folder_registry).problems == []
-    remove(folder_registry, blob_of(base))  # but what a live version is made of is
-    (problem,) = check(folder_registry).problems
+def test_what_was_collected_is_not_missed(registry: Registry) -> None:
+    base, child = fill(registry)
+    tombstones.delete(registry, "team/other:1", "x")
+    tombstones.delete(registry, base.ref, "x")
+    assert len(collect(registry, 0).deleted) == 2
+    assert check(registry).problems == []
+    remove(registry, blob_of(base))  # but what a live version is made of is
+    (problem,) = check(registry).problems
     assert problem.dependants == ["team/child:1", "team/child:prod"]
 
 
@@ -113,10 +113,10 @@ def test_what_was_collected_is_not_missed(folder_registry: Registry) -> None:
         "leases/x.json",
     ],
 )
-def test_strays_are_named(folder_registry: Registry, path: str) -> None:
-    fill(folder_registry)
-    overwrite(folder_registry, path, b"x")
-    (problem,) = check(folder_registry).problems
+def test_strays_are_named(registry: Registry, path: str) -> None:
+    fill(registry)
+    overwrite(registry, path, b"x")
+    (problem,) = check(registry).problems
     assert problem.path == path and repr(path.rpartition("/")[2]) in problem.message
 
 
@@ -128,10 +128,10 @@ def rewritten(registry: Registry, folder: str, number: int, change: Callable[[di
     overwrite(registry, path, records.sealed(path, record))
 
 
-def test_records_that_contradict_each_other(folder_registry: Registry) -> None:
-    base, child = fill(folder_registry)
-    second = small_models.publish(folder_registry, "team/child", {"a": b"second"}, base)
-    folder_registry.promote(second.ref, "prod", "x")
+def test_records_that_contradict_each_other(registry: Registry) -> None:
+    base, child = fill(registry)
+    second = small_models.publish(registry, "team/child", {"a": b"second"}, base)
+    registry.promote(second.ref, "prod", "x")
     prod, versions = "models/team/child/aliases/prod", "models/team/child/versions"
     for folder, number, change, message in (
         (prod, 2, {"previous": 2}, "record 2: says it replaced 2, but 1 was there"),
@@ -145,14 +145,14 @@ def test_records_that_contradict_each_other(folder_registry: Registry) -> None:
         (versions, 2, {"digest": "sha256:" + "0" * 64}, "is missing"),
     ):
         path = records.record_path(folder, number)
-        whole = folder_registry.store.get(path)
-        rewritten(folder_registry, folder, number, lambda record, change=change: record.update(change))
-        problems = [str(problem) for problem in check(Registry(folder_registry.location)).problems]
+        whole = registry.store.get(path)
+        rewritten(registry, folder, number, lambda record, change=change: record.update(change))
+        problems = [str(problem) for problem in check(Registry(registry.location)).problems]
         assert any(message in problem for problem in problems), (message, problems)
-        overwrite(folder_registry, path, whole)
-    assert check(Registry(folder_registry.location)).problems == []
-    remove(folder_registry, f"{prod}/0000001.json")
-    assert "aliases/prod/0000001.json is missing" in str(check(folder_registry).problems[0])
+        overwrite(registry, path, whole)
+    assert check(Registry(registry.location)).problems == []
+    remove(registry, f"{prod}/0000001.json")
+    assert "aliases/prod/0000001.json is missing" in str(check(registry).problems[0])
 
 
 def test_an_alias_of_a_deleted_version_is_a_problem(folder_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,11 +163,11 @@ def test_an_alias_of_a_deleted_version_is_a_problem(folder_registry: Registry, m
     assert "team/child:prod means team/child:1, which was deleted" in problem.message
 
 
-def test_a_lost_record_is_missed_by_its_tombstone(folder_registry: Registry) -> None:
-    fill(folder_registry)
-    tombstones.delete(folder_registry, "team/other:1", "x")
-    remove(folder_registry, "models/team/other/versions/0000001.json")
-    (problem,) = check(folder_registry).problems
+def test_a_lost_record_is_missed_by_its_tombstone(registry: Registry) -> None:
+    fill(registry)
+    tombstones.delete(registry, "team/other:1", "x")
+    remove(registry, "models/team/other/versions/0000001.json")
+    (problem,) = check(registry).problems
     assert "versions/0000001.json is missing" in problem.message
 
 
@@ -198,21 +198,19 @@ def test_everything_is_repaired_from_a_copy(copies: tuple[Registry, Registry, li
     assert fsck(Registry(registry.location), copy).repaired == []
 
 
-def test_another_registry_gives_content_but_no_records(
-    folder_registry: Registry, new_location: Callable[[str], str]
-) -> None:
-    base, child = fill(folder_registry)
+def test_another_registry_gives_content_but_no_records(registry: Registry, new_location: Callable[[str], str]) -> None:
+    base, child = fill(registry)
     other = Registry(new_location("folder"), create=True)
     small_models.publish(other, "their/name", {"a": b"base"})
     record = "models/team/base/versions/0000001.json"
     blob, manifest = blob_of(base), manifests.manifest_path(base.digest)
     for path in (blob, manifest, blob_of(child), record):
-        overwrite(folder_registry, path, b"x")
+        overwrite(registry, path, b"x")
     shutil.copytree(Path(other.location) / "models/their/name", Path(other.location) / "models/team/base")
-    report = fsck(Registry(folder_registry.location), other)
+    report = fsck(Registry(registry.location), other)
     assert set(report.repaired) == {blob, manifest}
     assert {problem.path for problem in report.problems} == {blob_of(child), record}
-    assert Registry(folder_registry.location).resolve(child.ref).manifest["base"] == base.digest
+    assert Registry(registry.location).resolve(child.ref).manifest["base"] == base.digest
 
 
 def test_a_damaged_source_repairs_nothing(copies: tuple[Registry, Registry, list[str]]) -> None:
@@ -275,18 +273,18 @@ def test_what_is_deleted_and_collected_meanwhile_is_no_damage(
 
 
 def test_an_alias_moved_off_what_was_deleted_meanwhile_is_no_problem(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last record is listed before the move, the tombstone after it."""
-    fill(folder_registry)
-    small_models.publish(folder_registry, "team/other", {"a": b"better"})
-    folder_registry.promote("team/other:1", "prod", "x")
-    store = folder_registry.store
+    fill(registry)
+    small_models.publish(registry, "team/other", {"a": b"better"})
+    registry.promote("team/other:1", "prod", "x")
+    store = registry.store
     listed = list(store.walk(""))
-    other = Registry(folder_registry.location)
+    other = Registry(registry.location)
     other.promote("team/other:2", "prod", "better")
     tombstones.delete(other, "team/other:1", "worse")
     listed += store.walk("models/team/other/tombstones")
     with monkeypatch.context() as patch:
         patch.setattr(store, "walk", lambda folder: iter(listed))
-        assert check(folder_registry).problems == []
+        assert check(registry).problems == []

@@ -1,6 +1,5 @@
 """Garbage collection: what nothing needs goes, what anybody needs stays, at whatever moment."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -20,7 +19,7 @@ from baton.registry.stores.cloud import CloudStore
 from baton.registry.stores.local import LocalStore
 from baton.registry.trust import attestations
 from tests.baton.registry.care import small_models
-from tests.baton.registry.conftest import overwrite, paths, remove
+from tests.baton.registry.conftest import make_older, overwrite, paths, process_on, remove, store_kind_of
 
 
 def hex_of(data: bytes) -> str:
@@ -96,21 +95,21 @@ def test_an_alias_keeps_what_it_means(folder_registry: Registry, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["models/team/base/versions", "models/team/gone/tombstones", "manifests", "leases"])
-def test_damage_that_hides_what_is_needed_stops_it(folder_registry: Registry, kind: str) -> None:
-    small_models.publish(folder_registry, "team/base", {"a": b"base"})
-    small_models.publish(folder_registry, "team/gone", {"a": b"gone"})
-    tombstones.delete(folder_registry, "team/gone:1", "x")
+def test_damage_that_hides_what_is_needed_stops_it(registry: Registry, kind: str) -> None:
+    small_models.publish(registry, "team/base", {"a": b"base"})
+    small_models.publish(registry, "team/gone", {"a": b"gone"})
+    tombstones.delete(registry, "team/gone:1", "x")
     orphan = {"a": b"orphan"}
-    small_models.store(folder_registry, small_models.manifest(orphan, "base", None, {}), orphan)
-    with leases.lease(folder_registry.store, "x", ["0" * 64]):
-        wanted = [f"manifests/sha256/{folder_registry.resolve('team/base:1').digest[7:]}.json"]
+    small_models.store(registry, small_models.manifest(orphan, "base", None, {}), orphan)
+    with leases.lease(registry.store, "x", ["0" * 64]):
+        wanted = [f"manifests/sha256/{registry.resolve('team/base:1').digest[7:]}.json"]
         if kind != "manifests":
-            wanted = [path for path in paths(folder_registry) if path.startswith(kind)]
-        overwrite(folder_registry, wanted[0], folder_registry.store.get(wanted[0])[:-2] + b" }")
-        before = paths(folder_registry)
+            wanted = [path for path in paths(registry) if path.startswith(kind)]
+        overwrite(registry, wanted[0], registry.store.get(wanted[0])[:-2] + b" }")
+        before = paths(registry)
         with pytest.raises(UserError, match=f"nothing is collected.*{wanted[0]}.*fsck"):
-            collect(Registry(folder_registry.location), 0)
-        assert paths(folder_registry) == before
+            collect(Registry(registry.location), 0)
+        assert paths(registry) == before
 
 
 def _hold_and_wait(location: str, digest: str) -> None:
@@ -119,16 +118,15 @@ def _hold_and_wait(location: str, digest: str) -> None:
 
 
 def test_a_killed_holders_lease_is_dead_at_once_here_and_after_a_day_elsewhere(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = small_models.publish(folder_registry, "team/base", {"a": b"base"})
-    tombstones.delete(folder_registry, version.ref, "x")
-    context = multiprocessing.get_context("fork")
-    holder = context.Process(target=_hold_and_wait, args=(folder_registry.location, version.digest))
+    version = small_models.publish(registry, "team/base", {"a": b"base"})
+    tombstones.delete(registry, version.ref, "x")
+    holder = process_on(store_kind_of(registry), _hold_and_wait, (registry.location, version.digest))
     holder.start()
-    while not (held := folder_registry.store.list("leases")):
+    while not (held := registry.store.list("leases")):
         time.sleep(0.01)
-    assert collect(folder_registry, 0).deleted == []
+    assert collect(registry, 0).deleted == []
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     while "Z" not in Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split():
@@ -136,13 +134,10 @@ def test_a_killed_holders_lease_is_dead_at_once_here_and_after_a_day_elsewhere(
     # As another machine sees it: the lease might be anybody's until it is a day old.
     with monkeypatch.context() as patch:
         patch.setattr(leases.processes, "_place", lambda: {"host": "elsewhere", "boot": "", "pids": "x"})
-        assert collect(folder_registry, 0).deleted == []
-        store = folder_registry.store
-        assert isinstance(store, LocalStore)
-        an_hour_less = time.time() - 23 * 3600
-        os.utime(store.path(f"leases/{held[0]}"), (an_hour_less, an_hour_less))
-        assert collect(folder_registry, 0).deleted == []
-    assert {entry.path.partition("/")[0] for entry in collect(folder_registry, 0).deleted} == {
+        assert collect(registry, 0).deleted == []
+        make_older(registry, f"leases/{held[0]}", 23 * 3600)
+        assert collect(registry, 0).deleted == []
+    assert {entry.path.partition("/")[0] for entry in collect(registry, 0).deleted} == {
         "blobs",
         "manifests",
         "leases",
@@ -150,30 +145,28 @@ def test_a_killed_holders_lease_is_dead_at_once_here_and_after_a_day_elsewhere(
     holder.join()
 
 
-def test_old_leases_of_other_machines_are_dead(folder_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = folder_registry.store
-    assert isinstance(store, LocalStore)
-    with leases.lease(store, "x", ["0" * 64]):
-        (name,) = store.list("leases")
+def test_old_leases_of_other_machines_are_dead(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    with leases.lease(registry.store, "x", ["0" * 64]):
+        (name,) = registry.store.list("leases")
         monkeypatch.setattr(leases.processes, "_place", lambda: {"host": "elsewhere", "boot": "", "pids": "x"})
-        old = time.time() - 25 * 3600
-        os.utime(store.path(f"leases/{name}"), (old, old))
-        assert collect(folder_registry, 7 * 86400).deleted == []
-        assert [entry.path for entry in collect(folder_registry, 3600).deleted] == [f"leases/{name}"]
+        make_older(registry, f"leases/{name}", 25 * 3600)
+        assert collect(registry, 7 * 86400).deleted == []
+        assert [entry.path for entry in collect(registry, 3600).deleted] == [f"leases/{name}"]
 
 
 def test_work_in_progress_stays_for_a_day(folder_registry: Registry) -> None:
-    store = folder_registry.store
+    """On an object store, work in progress lies on the writer's own disk."""
+    registry, store = folder_registry, folder_registry.store
     assert isinstance(store, LocalStore)
     with store.workspace() as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_bytes(b"12345")
         (store.path("tmp") / "left").write_bytes(b"1")
-        assert collect(folder_registry, 0).deleted == []
+        assert collect(registry, 0).deleted == []
         old = time.time() - 25 * 3600
         for path in (folder / "deep" / "file", store.path("tmp/left")):
             os.utime(path, (old, old))
-        report = collect(folder_registry, 0)
+        report = collect(registry, 0)
         assert [entry.path for entry in report.deleted] == [
             f"tmp/{folder.name}/deep/file" if name == folder.name else f"tmp/{name}"
             for name in sorted([folder.name, "left"])
@@ -185,32 +178,32 @@ def test_a_publisher_waits_for_a_collector_and_outlasts_a_dead_one(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = "a" * 64
+    slept: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(leases.time, "sleep", lambda seconds: (slept.append(seconds), sleep(seconds)))
     condemned = leases.condemn(registry.store, [digest])
-    begun = time.monotonic()
     with leases.lease(registry.store, "x", ["b" * 64]):
-        assert time.monotonic() - begun < 1  # none of its files
+        assert slept == []  # none of its files
     monkeypatch.setattr(leases, "WAITING_S", 0.5)
     monkeypatch.setattr(leases, "IN_FLIGHT_S", 0.1)
     begun = time.monotonic()
     with leases.lease(registry.store, "x", [digest]):
-        assert 0.5 < time.monotonic() - begun < 3
+        assert time.monotonic() - begun > 0.5 and slept[-1] == 0.1
         assert not registry.store.exists(condemned)  # which stops the collector, if it lives
     condemned = leases.condemn(registry.store, [digest])
     monkeypatch.setattr(leases, "WAITING_S", 60)
     monkeypatch.setattr(leases.processes, "_started", lambda pid: None)  # it died
-    begun = time.monotonic()
+    slept.clear()
     with leases.lease(registry.store, "x", [digest]):
-        assert time.monotonic() - begun < 1
+        assert slept == []
     assert [entry.path for entry in collect(registry, 0).deleted] == [condemned]
 
 
-def test_a_collector_whose_list_was_taken_away_looks_again(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_collector_whose_list_was_taken_away_looks_again(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A publisher came while the collector was asleep between looking and deleting."""
-    store = folder_registry.store
+    store = registry.store
     files = {"a": b"orphan"}
-    small_models.store(folder_registry, small_models.manifest(files, "base", None, {}), files)
+    small_models.store(registry, small_models.manifest(files, "base", None, {}), files)
     delete, held = store.delete, []
 
     def delete_slowly(path: str) -> None:
@@ -222,36 +215,36 @@ def test_a_collector_whose_list_was_taken_away_looks_again(
         delete(path)
 
     monkeypatch.setattr(store, "delete", delete_slowly)
-    report = collect(folder_registry, 0)
+    report = collect(registry, 0)
     assert [entry.path.partition("/")[0] for entry in report.deleted] == ["manifests"] and report.num_spared == 1
     assert store.exists(blob_path(hex_of(b"orphan")))
     held[0].release()
 
 
 def test_a_publisher_who_finishes_between_the_two_looks_keeps_everything(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is seen before, the version after: whoever reads the other way round sees neither."""
     from baton.registry.care.marks import Marks
 
     files = {"a": b"new"}
     content = small_models.manifest(files, "base", None, {})
-    digest = small_models.store(folder_registry, content, files)
-    held = leases.Lease(folder_registry.store, "publish")
+    digest = small_models.store(registry, content, files)
+    held = leases.Lease(registry.store, "publish")
     held.add([digest, hex_of(b"new")])
     roots = Marks._version_roots
 
     def publisher_finishes_first(marks: Marks) -> set[str]:
-        if folder_registry.store.list("condemned"):
-            small_models.record(folder_registry, "team/new", content)
+        if registry.store.list("condemned"):
+            small_models.record(registry, "team/new", content)
             held.release()
         return roots(marks)
 
     monkeypatch.setattr(Marks, "_version_roots", publisher_finishes_first)
     # as if the first look had seen nothing of the publisher
     monkeypatch.setattr("baton.registry.care.gc.Marks.read", _blind_at_first(Marks.read))
-    assert collect(folder_registry, 0).num_spared == 2
-    assert is_whole(folder_registry) and folder_registry.resolve("team/new:1").digest == digest
+    assert collect(registry, 0).num_spared == 2
+    assert is_whole(registry) and registry.resolve("team/new:1").digest == digest
 
 
 def _blind_at_first(read):  # type: ignore[no-untyped-def]
@@ -266,7 +259,7 @@ def _blind_at_first(read):  # type: ignore[no-untyped-def]
     return blind
 
 
-def test_many_files_go_in_batches(folder_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_go_in_batches(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("baton.registry.care.gc.BATCH_FILES", 3)
     lists = []
     condemn = leases.condemn
@@ -278,32 +271,32 @@ def test_many_files_go_in_batches(folder_registry: Registry, monkeypatch: pytest
     monkeypatch.setattr(leases, "condemn", noting)
     for number in range(4):
         files = {"a": f"orphan {number}".encode()}
-        small_models.store(folder_registry, small_models.manifest(files, "base", None, {}), files)
-    assert len(collect(folder_registry, 0).deleted) == 8 and [len(found) for found in lists] == [3, 3, 2]
-    assert folder_registry.store.list("condemned") == []
+        small_models.store(registry, small_models.manifest(files, "base", None, {}), files)
+    assert len(collect(registry, 0).deleted) == 8 and [len(found) for found in lists] == [3, 3, 2]
+    assert registry.store.list("condemned") == []
 
 
 def test_what_another_collector_took_meanwhile_is_no_damage(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A version was deleted and its manifest collected between the look at versions and that at manifests."""
     from baton.registry.care.marks import Marks
 
-    small_models.publish(folder_registry, "team/base", {"a": b"base"})
-    small_models.publish(folder_registry, "team/gone", {"a": b"gone"})
+    small_models.publish(registry, "team/base", {"a": b"base"})
+    small_models.publish(registry, "team/gone", {"a": b"gone"})
     roots = Marks._version_roots
 
     def another_comes(marks: Marks) -> set[str]:
         found = roots(marks)
         monkeypatch.setattr(Marks, "_version_roots", roots)
-        other = Registry(folder_registry.location)
+        other = Registry(registry.location)
         tombstones.delete(other, "team/gone:1", "x")
         assert len(collect(other, 0).deleted) == 2
         return found
 
     monkeypatch.setattr(Marks, "_version_roots", another_comes)
-    assert collect(folder_registry, 0).deleted == []
-    assert is_whole(folder_registry)
+    assert collect(registry, 0).deleted == []
+    assert is_whole(registry)
 
 
 def test_uploads_that_nobody_finished_are_given_up_after_a_day(

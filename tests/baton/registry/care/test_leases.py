@@ -9,23 +9,18 @@ import pytest
 from baton.errors import UserError
 from baton.registry import Registry, records
 from baton.registry.care import leases
-from baton.registry.stores.local import LocalStore
+from baton.registry.stores import Store
 
 DIGEST = "a" * 64
 
 
-def held(store: LocalStore) -> list[list[str]]:
+def held(store: Store) -> list[list[str]]:
     paths = [f"leases/{name}" for name in store.list("leases")]
     return [records.unsealed(path, store.get(path), path)["holds"] for path in paths]
 
 
-def store_of(registry: Registry) -> LocalStore:
-    assert isinstance(registry.store, LocalStore)
-    return registry.store
-
-
-def test_it_holds_what_it_was_told_to(folder_registry: Registry) -> None:
-    store = store_of(folder_registry)
+def test_it_holds_what_it_was_told_to(registry: Registry) -> None:
+    store = registry.store
     with pytest.raises(ZeroDivisionError), leases.lease(store, "x", [f"sha256:{DIGEST}", DIGEST]) as lease:
         assert held(store) == [[DIGEST]]
         lease.add([DIGEST])  # held already
@@ -41,8 +36,8 @@ def test_it_holds_what_it_was_told_to(folder_registry: Registry) -> None:
         assert held(store) == []
 
 
-def test_it_is_renewed_while_it_lasts(folder_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = store_of(folder_registry)
+def test_it_is_renewed_while_it_lasts(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = registry.store
     monkeypatch.setattr(leases, "RENEWED_S", 0.02)
     with leases.lease(store, "x", [DIGEST]):
         first = store.list("leases")
@@ -55,9 +50,9 @@ def test_it_is_renewed_while_it_lasts(folder_registry: Registry, monkeypatch: py
 
 
 def test_a_lease_that_cannot_be_removed_does_no_harm(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = store_of(folder_registry)
+    store = registry.store
 
     def unreachable(path: str) -> None:
         raise UserError("cannot be reached")
@@ -69,7 +64,7 @@ def test_a_lease_that_cannot_be_removed_does_no_harm(
 
 def test_a_folder_is_touched_before_it_is_relied_upon(folder_registry: Registry) -> None:
     """An NFS client that remembers a listing forgets it when the folder changes."""
-    store = store_of(folder_registry)
+    store = folder_registry.store
     store.put_if_absent("leases/x", b"")
     folder = Path(folder_registry.location) / "leases"
     os.utime(folder, (1, 1))

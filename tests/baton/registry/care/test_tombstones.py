@@ -34,39 +34,39 @@ def test_a_deleted_number_is_never_given_again(registry: Registry) -> None:
     assert fsck(registry).problems == [] and registry.versions("team/base") == [first, again]
 
 
-def test_it_says_what_descends_from_it(folder_registry: Registry) -> None:
-    base = small_models.publish(folder_registry, "team/base", {"a": b"1"})
-    same = small_models.publish(folder_registry, "other/base", {"a": b"1"})
-    sft = small_models.publish(folder_registry, "team/sft", {"a": b"2"}, base)
-    small_models.publish(folder_registry, "team/ppo", {"a": b"3"}, base, {"init": sft})
-    small_models.publish(folder_registry, "team/other", {"a": b"4"})
+def test_it_says_what_descends_from_it(registry: Registry) -> None:
+    base = small_models.publish(registry, "team/base", {"a": b"1"})
+    same = small_models.publish(registry, "other/base", {"a": b"1"})
+    sft = small_models.publish(registry, "team/sft", {"a": b"2"}, base)
+    small_models.publish(registry, "team/ppo", {"a": b"3"}, base, {"init": sft})
+    small_models.publish(registry, "team/other", {"a": b"4"})
     assert same.digest == base.digest
-    assert tombstones.delete(folder_registry, sft.ref, "x").descendants == ["team/ppo:1"]
+    assert tombstones.delete(registry, sft.ref, "x").descendants == ["team/ppo:1"]
     # the deleted one in between does not hide what was made of it
-    assert tombstones.delete(folder_registry, base.ref, "x").descendants == ["other/base:1", "team/ppo:1"]
+    assert tombstones.delete(registry, base.ref, "x").descendants == ["other/base:1", "team/ppo:1"]
 
 
 @pytest.mark.parametrize("why", ["", "  "])
-def test_a_deletion_needs_a_reason(folder_registry: Registry, why: str) -> None:
-    small_models.publish(folder_registry, "team/base", {"a": b"1"})
+def test_a_deletion_needs_a_reason(registry: Registry, why: str) -> None:
+    small_models.publish(registry, "team/base", {"a": b"1"})
     with pytest.raises(UserError, match="needs a reason"):
-        tombstones.delete(folder_registry, "team/base:1", why)
-    assert folder_registry.numbers("team/base") == [1]
+        tombstones.delete(registry, "team/base:1", why)
+    assert registry.numbers("team/base") == [1]
 
 
-def test_a_promotion_that_comes_in_between_wins(folder_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_models.publish(folder_registry, "team/base", {"a": b"1"})
+def test_a_promotion_that_comes_in_between_wins(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_models.publish(registry, "team/base", {"a": b"1"})
     write = tombstones.records.write
 
     def promoted_just_before(*arguments):  # type: ignore[no-untyped-def]
         monkeypatch.setattr(tombstones.records, "write", write)
-        folder_registry.promote("team/base:1", "prod", "quick")
+        registry.promote("team/base:1", "prod", "quick")
         return write(*arguments)
 
     monkeypatch.setattr(tombstones.records, "write", promoted_just_before)
     with pytest.raises(UserError, match="is what team/base:prod means now.*baton promote team/base:N prod"):
-        tombstones.delete(folder_registry, "team/base:1", "x")
-    assert folder_registry.resolve("team/base:prod").number == 1
+        tombstones.delete(registry, "team/base:1", "x")
+    assert registry.resolve("team/base:prod").number == 1
 
 
 def test_of_a_deletion_and_a_promotion_at_once_one_takes_back_its_own(
@@ -127,23 +127,21 @@ def test_an_alias_of_which_nothing_is_left_means_nothing(registry: Registry, mon
     assert registry.resolve("team/base:prod").number == 3 and fsck(registry).problems == []
 
 
-def test_a_rollback_to_what_is_being_deleted_is_undone(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rollback_to_what_is_being_deleted_is_undone(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2):
-        small_models.publish(folder_registry, "team/base", {"a": str(number).encode()})
-        folder_registry.promote(f"team/base:{number}", "prod", "x")
+        small_models.publish(registry, "team/base", {"a": str(number).encode()})
+        registry.promote(f"team/base:{number}", "prod", "x")
     write = records.write
 
     def late(store: Store, folder: str, number: int, record: dict[str, Any]) -> bool:
         monkeypatch.setattr(records, "write", write)
-        tombstones.delete(Registry(folder_registry.location), "team/base:1", "bad", "ann")
+        tombstones.delete(Registry(registry.location), "team/base:1", "bad", "ann")
         return write(store, folder, number, record)
 
     monkeypatch.setattr(records, "write", late)
     with pytest.raises(UserError, match="team/base:1 was deleted.*prod means team/base:2 as before"):
-        folder_registry.rollback("team/base:prod", "x")
-    assert folder_registry.resolve("team/base:prod").number == 2 and fsck(folder_registry).problems == []
+        registry.rollback("team/base:prod", "x")
+    assert registry.resolve("team/base:prod").number == 2 and fsck(registry).problems == []
 
 
 def test_adapters_outlive_the_last_version_of_their_bases_model(
@@ -183,17 +181,15 @@ def test_an_alias_whose_history_has_a_gap_can_be_moved(registry: Registry, caplo
     assert problem.path == lost
 
 
-def test_a_promotion_reads_one_record_of_a_long_history(
-    folder_registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_promotion_reads_one_record_of_a_long_history(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2):
-        small_models.publish(folder_registry, "team/base", {"a": str(number).encode()})
+        small_models.publish(registry, "team/base", {"a": str(number).encode()})
     for number in range(9):
-        folder_registry.promote(f"team/base:{1 + number % 2}", "prod", "x")
+        registry.promote(f"team/base:{1 + number % 2}", "prod", "x")
     read: list[str] = []
-    get = folder_registry.store.get
-    monkeypatch.setattr(folder_registry.store, "get", lambda path: (read.append(path), get(path))[1])
-    folder_registry.promote("team/base:2", "prod", "x")
+    get = registry.store.get
+    monkeypatch.setattr(registry.store, "get", lambda path: (read.append(path), get(path))[1])
+    registry.promote("team/base:2", "prod", "x")
     assert [path for path in read if "/aliases/" in path] == ["models/team/base/aliases/prod/0000009.json"]
 
 

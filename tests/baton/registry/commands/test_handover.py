@@ -42,16 +42,26 @@ def family(registry: Registry) -> Registry:
 
 def test_push_and_pull(family: Registry, new_location: Callable[[str], str]) -> None:
     there, back = new_location("folder"), new_location("folder")
-    text = run("push", "team/adapter:1", there, "--registry", family.location).stdout
+    pushed = run("push", "team/adapter:1", there, "--registry", family.location)
+    assert pushed.stderr == f"made a new registry in {there}\n"
+    text = pushed.stdout
     assert f"team/adapter:1 is in {there}: sent 5 files, 0.0 MB of 0.0 MB" in text
-    text = run("push", "team/adapter:1", there, "--registry", family.location).stdout
-    assert "every file was there already" in text
+    again = run("push", "team/adapter:1", there, "--registry", family.location)
+    assert again.stderr == "" and "every file was there already" in again.stdout
     said = json.loads(run("pull", "team/adapter:1", "--from", there, "--registry", back, "--json").stdout)
     digest = family.resolve("team/adapter:1").digest
     assert said.pop("bytes_sent") == said.pop("bytes_total") > 1000
     assert said == {"ref": "team/adapter:1", "digest": digest, "blobs_sent": 5, "blobs_present": 0, "registry": back}
     assert Registry(back).verify_all() == []
     assert len(attestations.of(Registry(back), digest, "origin")) == 2  # from there, and there from the first
+
+
+def test_a_bundle_that_is_not_there_makes_no_registry(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent.tar cannot be read: No such file"):
+        CliRunner().invoke(
+            app, ["import", str(tmp_path / "absent.tar"), "--registry", str(tmp_path / "new")], catch_exceptions=False
+        )
+    assert not (tmp_path / "new").exists()
 
 
 def test_export_and_import(family: Registry, new_location: Callable[[str], str], tmp_path: Path) -> None:
@@ -79,10 +89,10 @@ def test_export_and_import(family: Registry, new_location: Callable[[str], str],
     assert f"team/adapter:2 {second.digest}" in run("import", tmp_path / "2.tar", "--registry", there).stdout
 
 
-def test_through_a_pipe(folder_registry: Registry, tmp_path: Path) -> None:
-    add_family(folder_registry)
+def test_through_a_pipe(registry: Registry, tmp_path: Path) -> None:
+    add_family(registry)
     baton = f"{sys.executable} -m baton.cli"
-    environment = os.environ | {"BATON_REGISTRY": folder_registry.location}
+    environment = os.environ | {"BATON_REGISTRY": registry.location}
     subprocess.run(
         f"{baton} export team/adapter:1 - | {baton} import - --registry {tmp_path / 'there'}",
         shell=True,
@@ -164,22 +174,22 @@ def test_the_hub_is_named_by_its_scheme(
 def test_mistakes(
     words: list[str],
     message: str,
-    folder_registry: Registry,
+    registry: Registry,
     tmp_path: Path,
     new_location: Callable[[str], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    add_family(folder_registry)
+    add_family(registry)
     monkeypatch.chdir(tmp_path)
     there = new_location("folder")
-    before = paths(folder_registry)
+    before = paths(registry)
     with pytest.raises(UserError, match=message):
-        run(*[there if word == "THERE" else word for word in words], "--registry", folder_registry.location)
-    assert paths(folder_registry) == before and not Path(there).exists() and not Path("x.tar").exists()
+        run(*[there if word == "THERE" else word for word in words], "--registry", registry.location)
+    assert paths(registry) == before and not Path(there).exists() and not Path("x.tar").exists()
 
 
-def test_publish_passes_on_that_code_is_allowed(folder_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, _ = add_family(folder_registry)
+def test_publish_passes_on_that_code_is_allowed(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = add_family(registry)
     seen: list[bool] = []
 
     def publish(self: Registry, folder: Path, *, allow_code: bool, **options: Any) -> Any:
@@ -187,7 +197,7 @@ def test_publish_passes_on_that_code_is_allowed(folder_registry: Registry, monke
         return base
 
     monkeypatch.setattr(Registry, "publish", publish)
-    words = ["publish", "somewhere", "--name", "a/b", "--kind", "base", "--registry", folder_registry.location]
+    words = ["publish", "somewhere", "--name", "a/b", "--kind", "base", "--registry", registry.location]
     run(*words)
     run(*words, "--allow-code")
     assert seen == [False, True]
@@ -206,10 +216,10 @@ def test_bytes_on_their_way_are_shown_on_a_terminal_only(
         assert ("push team/x:1 3/3" in shown.out + shown.err) == (is_terminal and not is_quiet)
 
 
-def test_a_refused_alias_does_not_hide_the_version(filled_folder: Registry, folders: Any, tmp_path: Path) -> None:
+def test_a_refused_alias_does_not_hide_the_version(filled: Registry, folders: Any, tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("aliases: {prod: {approvals: {at_least: 1}}}")
-    set_policy(filled_folder, tmp_path / "policy.yaml", "ann")
+    set_policy(filled, tmp_path / "policy.yaml", "ann")
     words = ["publish", str(folders.base), "--name", "team/new", "--kind", "base", "--alias", "prod"]
     with pytest.raises(UserError, match=r"team/new:1 is published \(sha256:.*\), but prod stays as it was: "):
-        run(*words, "--registry", filled_folder.location)
-    assert filled_folder.resolve("team/new:1").kind == "base" and filled_folder.aliases("team/new") == {}
+        run(*words, "--registry", filled.location)
+    assert filled.resolve("team/new:1").kind == "base" and filled.aliases("team/new") == {}

@@ -25,12 +25,12 @@ def run(registry: Registry, *words: str, exit_code: int = 0) -> Result:
 
 
 @pytest.fixture
-def small(folder_registry: Registry) -> Registry:
+def small(registry: Registry) -> Registry:
     """team/base:1, an adapter of it, and team/gone:1."""
-    base = small_models.publish(folder_registry, "team/base", {"a": b"base"})
-    small_models.publish(folder_registry, "team/child", {"a": b"child"}, base)
-    small_models.publish(folder_registry, "team/gone", {"a": b"gone!"})
-    return folder_registry
+    base = small_models.publish(registry, "team/base", {"a": b"base"})
+    small_models.publish(registry, "team/child", {"a": b"child"}, base)
+    small_models.publish(registry, "team/gone", {"a": b"gone!"})
+    return registry
 
 
 def test_delete_and_gc(small: Registry) -> None:
@@ -86,17 +86,15 @@ def test_fsck_says_what_depends_and_repairs(small: Registry, new_location) -> No
     assert run(small, "fsck").exit_code == 0
 
 
-def test_verify_with_a_reward_model_compares_what_they_read(
-    filled_folder: Registry, folders: Folders
-) -> None:
-    assert "no problem" in run(filled_folder, "verify", "team/adapter:1", "--with", "team/reward:1").stdout
+def test_verify_with_a_reward_model_compares_what_they_read(filled: Registry, folders: Folders) -> None:
+    assert "no problem" in run(filled, "verify", "team/adapter:1", "--with", "team/reward:1").stdout
     (folders.reward / "chat_template.jinja").write_text("{{ messages }}")
-    base = filled_folder.resolve("team/base:1")
-    other = filled_folder.publish(folders.reward, name="team/other-reward", kind="reward", base=base)
-    said = run(filled_folder, "verify", "team/adapter:1", "--with", other.ref, exit_code=1).stdout
+    base = filled.resolve("team/base:1")
+    other = filled.publish(folders.reward, name="team/other-reward", kind="reward", base=base)
+    said = run(filled, "verify", "team/adapter:1", "--with", other.ref, exit_code=1).stdout
     assert "different chat templates" in said and "1 problem(s)" in said
     with pytest.raises(UserError, match="name the version too"):
-        run(filled_folder, "verify", "--all", "--with", other.ref)
+        run(filled, "verify", "--all", "--with", other.ref)
 
 
 def test_children_say_nothing_of_what_was_deleted_and_collected(small: Registry) -> None:

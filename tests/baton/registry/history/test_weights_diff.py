@@ -205,8 +205,8 @@ def test_two_bases_and_the_same_files(filled: Registry) -> None:
     assert weights_difference(filled, base, base).compared == "the same files"
 
 
-def test_an_adapter_of_another_kind_is_merged_first(filled_folder: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = filled_folder
+def test_an_adapter_of_another_kind_is_merged_first(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = filled
     monkeypatch.setattr(weights_diff, "read_lora", lambda folder: None)
     base, adapter, value = (registry.resolve(f"team/{name}:1") for name in ("base", "adapter", "value"))
     with pytest.raises(UserError, match="team/adapter:1 is not a plain LoRA adapter.*--merge"):

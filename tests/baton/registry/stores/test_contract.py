@@ -13,7 +13,7 @@ import pytest
 
 from baton.registry.stores import Store, blob_path, open_store
 from baton.registry.stores.files import write_hashed
-from tests.baton.registry.conftest import spawned_or_forked
+from tests.baton.registry.conftest import all_at_once
 
 SOME = random.Random(0).randbytes(300_000)
 
@@ -219,7 +219,7 @@ def append_many(location: str, writer: int, count: int) -> None:
 def test_processes_at_once_lose_nothing(store_kind: str, new_location: Callable[[str], str]) -> None:
     location, writers, count = new_location(store_kind), 3, 25
     open_store(location).require_conditional_writes()
-    spawned_or_forked(store_kind, append_many, [(location, writer, count) for writer in range(writers)])
+    all_at_once(store_kind, append_many, [(location, writer, count) for writer in range(writers)])
     store = open_store(location)
     names = store.list("numbers")
     assert names == [f"{number:04d}" for number in range(writers * count)]

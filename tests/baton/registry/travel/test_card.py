@@ -40,9 +40,9 @@ def load(text: str, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["base", "adapter", "reward", "value"])
-def test_the_metadata_is_what_the_hub_reads(filled_folder: Registry, tmp_path: Path, kind: str) -> None:
-    version = filled_folder.resolve(f"team/{kind}:1")
-    text = card(filled_folder, version, "org/model")
+def test_the_metadata_is_what_the_hub_reads(filled: Registry, tmp_path: Path, kind: str) -> None:
+    version = filled.resolve(f"team/{kind}:1")
+    text = card(filled, version, "org/model")
     found = load(text, tmp_path)
     parsed = ModelCard(text)
     assert parsed.data.library_name == ("transformers" if kind == "base" else "peft")
@@ -57,26 +57,26 @@ def test_the_metadata_is_what_the_hub_reads(filled_folder: Registry, tmp_path: P
         assert version.base and version.base in text
         assert "team/base:1  base  licence apache\\-2.0" in text or "base  licence apache-2.0" in text
     assert version.digest in text
-    assert card(filled_folder, version, "org/model") == text
+    assert card(filled, version, "org/model") == text
 
 
-def test_a_base_on_the_hub_is_named(filled_folder: Registry, tmp_path: Path) -> None:
-    version, base = filled_folder.resolve("team/adapter:1"), HubModel("org/base", "0" * 40)
-    found = load(card(filled_folder, version, "org/model", base), tmp_path)
+def test_a_base_on_the_hub_is_named(filled: Registry, tmp_path: Path) -> None:
+    version, base = filled.resolve("team/adapter:1"), HubModel("org/base", "0" * 40)
+    found = load(card(filled, version, "org/model", base), tmp_path)
     assert (found["base_model"], found["base_model_relation"]) == ("org/base", "adapter")
-    found = load(card(filled_folder, version, "org/model", base, merged=True), tmp_path)
+    found = load(card(filled, version, "org/model", base, merged=True), tmp_path)
     assert (found["base_model_relation"], found["library_name"]) == ("merge", "transformers")
 
 
-def test_data_licences_and_evaluations_are_told(folder_registry: Registry, made: Folders, tmp_path: Path) -> None:
+def test_data_licences_and_evaluations_are_told(registry: Registry, made: Folders, tmp_path: Path) -> None:
     data = [
         {"path": "org/dialogues", "sha256": None, "licence": "cc-by-4.0", "rows": 7, "subset": None, "split": "train"},
         {"path": "mine.jsonl", "sha256": "ab" * 32, "licence": None, "rows": 3},
     ]
     details = {"licence": "LicenseRef-Our Own 1", "data": data, "metrics": {"eval": {"loss": 1.5}, "bad": float("nan")}}
-    version = publish(folder_registry, made.base, details)
-    attestations.attest(folder_registry, version.digest, "evaluation", {"metrics": {"win_rate": 0.625}}, by="ann")
-    text = card(folder_registry, version, "org/model")
+    version = publish(registry, made.base, details)
+    attestations.attest(registry, version.digest, "evaluation", {"metrics": {"win_rate": 0.625}}, by="ann")
+    text = card(registry, version, "org/model")
     found = load(text, tmp_path)
     assert (found["license"], found["license_name"]) == ("other", "licenseref-our-own-1")
     assert found["datasets"] == ["org/dialogues"]
@@ -88,15 +88,15 @@ def test_data_licences_and_evaluations_are_told(folder_registry: Registry, made:
     assert "ann" not in re.findall(r"\w+", text)  # a person's name is not for the public
 
 
-def test_text_from_outside_stays_text(folder_registry: Registry, made: Folders, tmp_path: Path) -> None:
+def test_text_from_outside_stays_text(registry: Registry, made: Folders, tmp_path: Path) -> None:
     details = {
         "licence": HOSTILE[5],
         "data": [{"path": text, "licence": text, "split": "train"} for text in HOSTILE] + ["not a dict"],
         "metrics": {text: number for number, text in enumerate(HOSTILE)} | {"text": HOSTILE[0]},
         "recipe": {text: {"deep": [text]} for text in HOSTILE},
     }
-    version = publish(folder_registry, made.base, details)
-    text = card(folder_registry, version, "org/model")
+    version = publish(registry, made.base, details)
+    text = card(registry, version, "org/model")
     found = load(text, tmp_path)
     assert set(found) == {"library_name", "pipeline_tag", "tags", "license", "license_name", "model-index", "baton"}
     assert found["license"] == "other" and re.fullmatch(r"[a-z0-9.+-]+", found["license_name"])
@@ -129,13 +129,13 @@ def test_escapes_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("kind", "merged"), [("base", 0), ("adapter", 0), ("reward", 0), ("value", 0), ("reward", 1)])
-def test_the_loading_code_loads_this_model(filled_folder: Registry, tmp_path: Path, kind: str, merged: int) -> None:
+def test_the_loading_code_loads_this_model(filled: Registry, tmp_path: Path, kind: str, merged: int) -> None:
     """The code, run on what `get` gives, reproduces the version's probe."""
     from baton.registry import probe
 
-    version = filled_folder.resolve(f"team/{kind}:1")
+    version = filled.resolve(f"team/{kind}:1")
     folder = tmp_path / "FOLDER"
-    filled_folder.merge(version, folder) if merged else filled_folder.materialise(version, folder)
+    filled.merge(version, folder) if merged else filled.materialise(version, folder)
     names: dict[str, Any] = {}
     code = loading_code(version, "FOLDER", None, bool(merged)).replace("FOLDER", str(folder))
     exec(code, names)

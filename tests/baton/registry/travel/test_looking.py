@@ -54,16 +54,16 @@ def test_what_could_not_have_been_published_stays_out(
     files: dict[str, bytes],
     changes: dict[str, Any],
     message: str,
-    folder_registry: Registry,
+    registry: Registry,
     new_location: Callable[[str], str],
 ) -> None:
     target = Registry(new_location("folder"), create=True)
-    base = add(folder_registry, "team/base", BASE)
+    base = add(registry, "team/base", BASE)
     kind = changes.get("kind", "adapter" if "model.safetensors" not in files else "base")
     of_adapter = {"base": base.digest, "kind": kind} if kind != "base" else {}
-    version = add(folder_registry, "team/x", files, kind, **{**changes, **of_adapter})
+    version = add(registry, "team/x", files, kind, **{**changes, **of_adapter})
     with pytest.raises(UserError, match=message) as raised:
-        arrive(how, folder_registry, version, target)
+        arrive(how, registry, version, target)
     assert str(target.location) not in str(raised.value)
     assert isinstance(raised.value, CheckFailed) == message.startswith("check")
     assert target.models() == [] and not [path for path in paths(target) if path.startswith(("tmp", "manifests"))]
@@ -92,10 +92,10 @@ def test_files_that_are_here_already_are_looked_at_too(folder_registry: Registry
 
 
 def test_an_arrived_version_is_proved_once(
-    filled_folder: Registry, new_location: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    filled: Registry, new_location: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Registry(new_location("folder"), create=True)
-    transfer.push(filled_folder, filled_folder.resolve("team/adapter:1"), target)
+    transfer.push(filled, filled.resolve("team/adapter:1"), target)
     replayed: list[Path] = []
     error: list[Exception] = [IndexError("index out of range in self")]
 
@@ -105,7 +105,7 @@ def test_an_arrived_version_is_proved_once(
             raise error[0]
 
     monkeypatch.setattr(probe, "replay", replay)
-    here, there = target.resolve("team/adapter:1"), filled_folder.resolve("team/base:1")
+    here, there = target.resolve("team/adapter:1"), filled.resolve("team/base:1")
     folder = Path("adapter")
     for _ in range(2):  # what failed is tried again
         with pytest.raises(probe.ProbeMismatch, match="team/adapter:1 does not give .*out of range"):
@@ -114,16 +114,16 @@ def test_an_arrived_version_is_proved_once(
     for _ in range(3):
         prove_once(target, here, folder, Path("base"))
     assert replayed == [folder] * 3
-    prove_once(filled_folder, there, folder, None)  # published here
+    prove_once(filled, there, folder, None)  # published here
     assert replayed == [folder] * 3
 
 
 def test_the_proof_tells_an_adapter_whose_base_was_swapped(
-    filled_folder: Registry, new_location: Callable[[str], str]
+    filled: Registry, new_location: Callable[[str], str]
 ) -> None:
     target = Registry(new_location("folder"), create=True)
-    transfer.push(filled_folder, filled_folder.resolve("team/adapter:1"), target)
-    transfer.push(filled_folder, filled_folder.resolve("team/other:1"), target)
+    transfer.push(filled, filled.resolve("team/adapter:1"), target)
+    transfer.push(filled, filled.resolve("team/other:1"), target)
     here = target.resolve("team/adapter:1")
     folder, other = here.folder(), target.resolve("team/other:1").folder()
     folder.with_name(f"{folder.name}.proven").unlink()  # as if it had never been loaded from this cache

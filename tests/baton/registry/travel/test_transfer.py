@@ -41,19 +41,19 @@ def recorded(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return sent
 
 
-def test_closure_has_ancestors_first(folder_registry: Registry) -> None:
-    base, adapter = add_family(folder_registry)
+def test_closure_has_ancestors_first(registry: Registry) -> None:
+    base, adapter = add_family(registry)
     ppo = add(
-        folder_registry,
+        registry,
         "team/ppo",
         {"a": b"1"},
         "adapter",
         base=base.digest,
         parents={"reward": adapter.digest, "init": base.digest},
     )
-    assert closure(folder_registry, ppo) == [base.digest, adapter.digest, ppo.digest]
-    assert closure(folder_registry, base) == [base.digest]
-    names = names_of(folder_registry, [base.digest, ppo.digest, NO_DIGEST])
+    assert closure(registry, ppo) == [base.digest, adapter.digest, ppo.digest]
+    assert closure(registry, base) == [base.digest]
+    names = names_of(registry, [base.digest, ppo.digest, NO_DIGEST])
     assert {digest: one.ref for digest, one in names.items()} == {base.digest: "team/base:1", ppo.digest: "team/ppo:1"}
 
 

@@ -22,77 +22,77 @@ def holds(registry: Registry, version: Version, *metrics: str) -> list[bool]:
     return [outcome.holds for outcome in judge(registry, version, {"metrics": list(metrics)})]
 
 
-def test_a_metric_must_hold_of_every_value(filled_folder: Registry) -> None:
-    version = variant(filled_folder, {"metrics": {"reward_accuracy": 0.75, "kl_nats": 8, "eval": {"win": 0.5}}})
+def test_a_metric_must_hold_of_every_value(filled: Registry) -> None:
+    version = variant(filled, {"metrics": {"reward_accuracy": 0.75, "kl_nats": 8, "eval": {"win": 0.5}}})
     wanted = ("reward_accuracy >= 0.7", "kl_nats <= 8", "kl_nats < 8", "eval/win == 0.5")
-    assert holds(filled_folder, version, *wanted) == [True, True, False, True]
-    evaluations.record(filled_folder, version, {"reward_accuracy": 0.72}, "ann")
-    assert holds(filled_folder, version, *wanted) == [True, True, False, True]
-    evaluations.record(filled_folder, version, {"reward_accuracy": 0.9, "kl_nats": 8.5}, "bob")
-    assert holds(filled_folder, version, *wanted) == [True, False, False, True]
+    assert holds(filled, version, *wanted) == [True, True, False, True]
+    evaluations.record(filled, version, {"reward_accuracy": 0.72}, "ann")
+    assert holds(filled, version, *wanted) == [True, True, False, True]
+    evaluations.record(filled, version, {"reward_accuracy": 0.9, "kl_nats": 8.5}, "bob")
+    assert holds(filled, version, *wanted) == [True, False, False, True]
     # A later, better measurement does not replace the worse one, whoever made it.
-    evaluations.record(filled_folder, version, {"kl_nats": 2}, "bob", "again")
-    (outcome,) = judge(filled_folder, version, {"metrics": ["kl_nats <= 8"]})
+    evaluations.record(filled, version, {"kl_nats": 2}, "bob", "again")
+    (outcome,) = judge(filled, version, {"metrics": ["kl_nats <= 8"]})
     assert outcome == Outcome("kl_nats <= 8", False, "8 by the publisher, 8.5 by bob, 2 by bob")
-    evaluations.record(filled_folder, version, {"reward_accuracy": 0.69}, "eve")
-    assert holds(filled_folder, version, "reward_accuracy >= 0.7") == [False]
+    evaluations.record(filled, version, {"reward_accuracy": 0.69}, "eve")
+    assert holds(filled, version, "reward_accuracy >= 0.7") == [False]
 
 
-def test_an_evaluation_may_bring_what_the_publisher_did_not_measure(filled_folder: Registry) -> None:
-    version = variant(filled_folder, {"metrics": {"kl_nats": 1.0}})
-    (outcome,) = judge(filled_folder, version, {"metrics": ["win_rate > 0.5"]})
+def test_an_evaluation_may_bring_what_the_publisher_did_not_measure(filled: Registry) -> None:
+    version = variant(filled, {"metrics": {"kl_nats": 1.0}})
+    (outcome,) = judge(filled, version, {"metrics": ["win_rate > 0.5"]})
     assert outcome == Outcome("win_rate > 0.5", False, "team/base:2 has no metric win_rate; it has kl_nats")
-    evaluations.record(filled_folder, version, {"win_rate": 0.6, "win_rates": 1}, "ann")
-    assert holds(filled_folder, version, "win_rate > 0.5") == [True]
-    (outcome,) = judge(filled_folder, version, {"metrics": ["win_rat > 0.5"]})
+    evaluations.record(filled, version, {"win_rate": 0.6, "win_rates": 1}, "ann")
+    assert holds(filled, version, "win_rate > 0.5") == [True]
+    (outcome,) = judge(filled, version, {"metrics": ["win_rat > 0.5"]})
     assert outcome.found == "team/base:2 has no metric win_rat; it has win_rate, win_rates"
-    bare = variant(filled_folder, {"metrics": {}, "licence": "mit"})
-    assert judge(filled_folder, bare, {"metrics": ["a > 0"]})[0].found.endswith("it has none")
+    bare = variant(filled, {"metrics": {}, "licence": "mit"})
+    assert judge(filled, bare, {"metrics": ["a > 0"]})[0].found.endswith("it has none")
 
 
-def test_what_is_no_finite_number_holds_nothing(filled_folder: Registry) -> None:
+def test_what_is_no_finite_number_holds_nothing(filled: Registry) -> None:
     metrics = {"a": "nan", "b": "inf", "c": "-inf", "d": True, "e": "0.9", "f": [1], "g": None, "h": 10**400}
-    version = variant(filled_folder, {"metrics": metrics})
+    version = variant(filled, {"metrics": metrics})
     for name in metrics:
         texts = [f"{name} > 0", f"{name} < 0", f"{name} == 0", f"{name} > current", f"{name} < current"]
-        assert holds(filled_folder, version, *texts) == [False] * 5, name
+        assert holds(filled, version, *texts) == [False] * 5, name
 
 
-def test_better_than_what_the_alias_means_now(filled_folder: Registry) -> None:
-    old = variant(filled_folder, {"metrics": {"win": 0.5, "kl": 3}})
-    better = variant(filled_folder, {"metrics": {"win": 0.6, "kl": 3}})
+def test_better_than_what_the_alias_means_now(filled: Registry) -> None:
+    old = variant(filled, {"metrics": {"win": 0.5, "kl": 3}})
+    better = variant(filled, {"metrics": {"win": 0.6, "kl": 3}})
     wanted = ("win > current", "win >= current", "kl < current", "kl <= current + 1", "win > current + 0.2")
-    assert holds(filled_folder, better, *wanted) == [True] * 5  # prod means nothing yet
-    (outcome,) = judge(filled_folder, better, {"metrics": ["win > current"]})
+    assert holds(filled, better, *wanted) == [True] * 5  # prod means nothing yet
+    (outcome,) = judge(filled, better, {"metrics": ["win > current"]})
     assert outcome.found == "0.6 by the publisher; team/base:prod means nothing yet"
-    filled_folder.promote(old.ref, "prod", "first")
-    assert holds(filled_folder, better, *wanted) == [True, True, False, True, False]
+    filled.promote(old.ref, "prod", "first")
+    assert holds(filled, better, *wanted) == [True, True, False, True, False]
     # every value of the one against every value of the other: 0.6 is not above 0.65
-    evaluations.record(filled_folder, old, {"win": 0.65}, "ann")
-    (outcome,) = judge(filled_folder, better, {"metrics": ["win > current"]})
+    evaluations.record(filled, old, {"win": 0.65}, "ann")
+    (outcome,) = judge(filled, better, {"metrics": ["win > current"]})
     expected = "0.6 by the publisher; against team/base:2 of prod: 0.5 by the publisher, 0.65 by ann"
     assert outcome == Outcome("win > current", False, expected)
-    assert holds(filled_folder, better, "win > current - 0.06") == [True]
-    assert evaluate(filled_folder, better, load_gate({"metrics": ["win > current"]}), "other")[0].holds
+    assert holds(filled, better, "win > current - 0.06") == [True]
+    assert evaluate(filled, better, load_gate({"metrics": ["win > current"]}), "other")[0].holds
     # what prod means is compared with what it meant before: promoting twice has one answer
-    filled_folder.promote(better.ref, "prod", "then")
-    assert holds(filled_folder, better, *wanted[:3]) == [False, False, False]
-    assert holds(filled_folder, old, "win > current - 0.15", "win > current - 0.05") == [True, False]
+    filled.promote(better.ref, "prod", "then")
+    assert holds(filled, better, *wanted[:3]) == [False, False, False]
+    assert holds(filled, old, "win > current - 0.15", "win > current - 0.05") == [True, False]
 
 
-def test_what_is_compared_with_must_be_known(filled_folder: Registry) -> None:
-    old = variant(filled_folder, {"metrics": {"loss": 2.0}})
-    new = variant(filled_folder, {"metrics": {"loss": 1.0, "win": 0.5}})
-    filled_folder.promote(old.ref, "prod", "first")
-    (outcome,) = judge(filled_folder, new, {"metrics": ["win > current"]})
+def test_what_is_compared_with_must_be_known(filled: Registry) -> None:
+    old = variant(filled, {"metrics": {"loss": 2.0}})
+    new = variant(filled, {"metrics": {"loss": 1.0, "win": 0.5}})
+    filled.promote(old.ref, "prod", "first")
+    (outcome,) = judge(filled, new, {"metrics": ["win > current"]})
     assert not outcome.holds and "team/base:2 of prod has no metric win; it has loss" in outcome.found
     assert "baton attest team/base:2 win=…" in outcome.found
-    evaluations.record(filled_folder, old, {"win": 0.4}, "ann")
-    assert holds(filled_folder, new, "win > current", "loss < current") == [True, True]
-    filled_folder.promote(new.ref, "prod", "then")
-    assert holds(filled_folder, new, "loss > current") == [False]
-    delete(filled_folder, old.ref, "leaked", "ann")
-    (outcome,) = judge(filled_folder, new, {"metrics": ["loss > current"]})
+    evaluations.record(filled, old, {"win": 0.4}, "ann")
+    assert holds(filled, new, "win > current", "loss < current") == [True, True]
+    filled.promote(new.ref, "prod", "then")
+    assert holds(filled, new, "loss > current") == [False]
+    delete(filled, old.ref, "leaked", "ann")
+    (outcome,) = judge(filled, new, {"metrics": ["loss > current"]})
     assert outcome.holds and "team/base:2, which prod meant, was deleted" in outcome.found
 
 
@@ -107,13 +107,13 @@ def test_lineage_is_verified(filled: Registry) -> None:
     assert not outcome.holds and f"expected sha256:{sha256}, found sha256:" in outcome.found
 
 
-def test_licences_of_the_lineage(filled_folder: Registry) -> None:
+def test_licences_of_the_lineage(filled: Registry) -> None:
     data = [{"path": "a.jsonl", "licence": "CC-BY-4.0"}, {"path": "b.jsonl", "licence": None}]
-    version = variant(filled_folder, {"data": data, "licence": "MIT"})
-    child = variant(filled_folder, {"parents": {"init": version.digest}, "licence": "apache-2.0"}, "team/child")
+    version = variant(filled, {"data": data, "licence": "MIT"})
+    child = variant(filled, {"parents": {"init": version.digest}, "licence": "apache-2.0"}, "team/child")
 
     def judged(*allowed: str) -> Outcome:
-        return judge(filled_folder, child, {"lineage": {"licences": list(allowed)}})[0]
+        return judge(filled, child, {"lineage": {"licences": list(allowed)}})[0]
 
     assert judged("mit", "apache-2.0", "cc-by-4.0", "unknown").holds
     outcome = judged("mit", "apache-2.0")
@@ -123,91 +123,91 @@ def test_licences_of_the_lineage(filled_folder: Registry) -> None:
     assert "init team/base:2 has MIT" in judged("apache-2.0", "cc-by-4.0", "unknown").found
 
 
-def test_approvals(filled_folder: Registry) -> None:
-    version = variant(filled_folder, {"licence": "mit"}, by="pat")
+def test_approvals(filled: Registry) -> None:
+    version = variant(filled, {"licence": "mit"}, by="pat")
 
     def judged(rules: dict[str, Any]) -> tuple[bool, str]:
-        (outcome,) = judge(filled_folder, version, {"approvals": rules})
+        (outcome,) = judge(filled, version, {"approvals": rules})
         return outcome.holds, outcome.found
 
     assert judged({}) == (False, "0")
-    approvals.approve(filled_folder, version, "pat")
-    approvals.approve(filled_folder, version, "ann", "looks good")
+    approvals.approve(filled, version, "pat")
+    approvals.approve(filled, version, "ann", "looks good")
     assert judged({}) == (True, "2: pat, ann")
     assert judged({"at_least": 2})[0]
     assert judged({"at_least": 2, "not_by_publisher": True}) == (False, "1: ann; pat published it")
     # one person under another spelling, and again with another note, is still one
-    approvals.approve(filled_folder, version, "Ann ", "still good")
-    approvals.approve(filled_folder, version, "ann", "looks good")
-    assert len(filled_folder.attestations(version, "approval")) == 3
+    approvals.approve(filled, version, "Ann ", "still good")
+    approvals.approve(filled, version, "ann", "looks good")
+    assert len(filled.attestations(version, "approval")) == 3
     assert not judged({"at_least": 2, "not_by_publisher": True})[0]
     assert judged({"at_least": 2, "from": ["bob", "ann"]}) == (False, "1: ann; pat is not asked for")
-    approvals.approve(filled_folder, version, "bob")
+    approvals.approve(filled, version, "bob")
     assert judged({"at_least": 2, "from": ["bob", "ann"]})[0]
     assert judged({"at_least": 2, "not_by_publisher": True})[0]
     assert not judged({"at_least": 4})[0]
 
 
-def test_whoever_published_the_same_content_elsewhere_is_its_publisher_too(filled_folder: Registry) -> None:
-    variant(filled_folder, {"licence": "mit"}, "team/mine", by="ann")
-    version = variant(filled_folder, {"licence": "mit"}, by="pat")
-    approvals.approve(filled_folder, version, "ann")
-    assert [a.by for a in filled_folder.attestations(version, "approval")] == ["ann"]
-    assert approvals.count(filled_folder, version).number == 1
-    assert approvals.count(filled_folder, version, not_by_publisher=True).number == 0
+def test_whoever_published_the_same_content_elsewhere_is_its_publisher_too(filled: Registry) -> None:
+    variant(filled, {"licence": "mit"}, "team/mine", by="ann")
+    version = variant(filled, {"licence": "mit"}, by="pat")
+    approvals.approve(filled, version, "ann")
+    assert [a.by for a in filled.attestations(version, "approval")] == ["ann"]
+    assert approvals.count(filled, version).number == 1
+    assert approvals.count(filled, version, not_by_publisher=True).number == 0
 
 
-def test_signed_approvals(filled_folder: Registry, tmp_path: Path) -> None:
+def test_signed_approvals(filled: Registry, tmp_path: Path) -> None:
     (ann, ann_pub), (bob, bob_pub), (eve, _) = (make_key(tmp_path, name) for name in ("ann", "bob", "eve"))
-    version = filled_folder.resolve("team/base:1")
+    version = filled.resolve("team/base:1")
     rules = {"approvals": {"at_least": 2, "keys": [ann_pub.read_text(), bob_pub.read_text()]}}
-    approvals.approve(filled_folder, version, "ann", key=ann)
-    approvals.approve(filled_folder, version, "bob")  # only a claim
-    approvals.approve(filled_folder, version, "eve", key=eve)
-    (outcome,) = judge(filled_folder, version, rules)
+    approvals.approve(filled, version, "ann", key=ann)
+    approvals.approve(filled, version, "bob")  # only a claim
+    approvals.approve(filled, version, "eve", key=eve)
+    (outcome,) = judge(filled, version, rules)
     assert not outcome.holds and outcome.found.startswith("1: ann; ")
     assert "bob's is signed by none of the keys" in outcome.found
     assert "eve's is signed by none of the keys" in outcome.found
-    approvals.approve(filled_folder, version, "mallory", key=ann)  # one key under two names is one
-    assert not judge(filled_folder, version, rules)[0].holds
-    approvals.approve(filled_folder, version, "bob", key=bob)
-    (outcome,) = judge(filled_folder, version, rules)
+    approvals.approve(filled, version, "mallory", key=ann)  # one key under two names is one
+    assert not judge(filled, version, rules)[0].holds
+    approvals.approve(filled, version, "bob", key=bob)
+    (outcome,) = judge(filled, version, rules)
     assert outcome.holds
-    assert len(filled_folder.attestations(version, "approval")) == 4  # bob's was signed, not made again
+    assert len(filled.attestations(version, "approval")) == 4  # bob's was signed, not made again
 
 
-def test_signatures(filled_folder: Registry, tmp_path: Path) -> None:
+def test_signatures(filled: Registry, tmp_path: Path) -> None:
     (ann, ann_pub), (bob, bob_pub), (eve, _) = (make_key(tmp_path, name) for name in ("ann", "bob", "eve"))
-    version = filled_folder.resolve("team/base:1")
+    version = filled.resolve("team/base:1")
     keys = [ann_pub.read_text(), bob_pub.read_text()]
-    signing.sign(filled_folder, version.digest, eve, "ann")  # a name proves nothing
-    (outcome,) = judge(filled_folder, version, {"signatures": {"keys": keys}})
+    signing.sign(filled, version.digest, eve, "ann")  # a name proves nothing
+    (outcome,) = judge(filled, version, {"signatures": {"keys": keys}})
     assert not outcome.holds and outcome.found.startswith("0 signed it; ann's is by another key (sha256:")
-    signing.sign(filled_folder, version.digest, ann)
-    assert judge(filled_folder, version, {"signatures": {"keys": keys}})[0].holds
-    assert not judge(filled_folder, version, {"signatures": {"keys": keys, "at_least": 2}})[0].holds
-    signing.sign(filled_folder, version.digest, bob)
-    assert judge(filled_folder, version, {"signatures": {"keys": keys, "at_least": 2}})[0].holds
-    assert not judge(filled_folder, filled_folder.resolve("team/other:1"), {"signatures": {"keys": keys}})[0].holds
+    signing.sign(filled, version.digest, ann)
+    assert judge(filled, version, {"signatures": {"keys": keys}})[0].holds
+    assert not judge(filled, version, {"signatures": {"keys": keys, "at_least": 2}})[0].holds
+    signing.sign(filled, version.digest, bob)
+    assert judge(filled, version, {"signatures": {"keys": keys, "at_least": 2}})[0].holds
+    assert not judge(filled, filled.resolve("team/other:1"), {"signatures": {"keys": keys}})[0].holds
 
 
-def test_a_damaged_or_unreadable_attestation_stops_the_gate(filled_folder: Registry) -> None:
-    version = variant(filled_folder, {"metrics": {"a": 1}})
-    said = evaluations.record(filled_folder, version, {"a": 2}, "ann")
+def test_a_damaged_or_unreadable_attestation_stops_the_gate(filled: Registry) -> None:
+    version = variant(filled, {"metrics": {"a": 1}})
+    said = evaluations.record(filled, version, {"a": 2}, "ann")
     path = attestations.path_of(said)
-    whole = filled_folder.store.get(path)
-    flip(filled_folder, path, 20)
+    whole = filled.store.get(path)
+    flip(filled, path, 20)
     with pytest.raises(UserError, match=f"{said.digest.removeprefix('sha256:')}.json is damaged"):
-        judge(filled_folder, version, {"metrics": ["a > 0"]})
-    overwrite(filled_folder, path, whole)
-    assert holds(filled_folder, version, "a > 0") == [True]
-    attestations.attest(filled_folder, version.digest, "evaluation", {"scores": {"a": -5}}, "ann")
+        judge(filled, version, {"metrics": ["a > 0"]})
+    overwrite(filled, path, whole)
+    assert holds(filled, version, "a > 0") == [True]
+    attestations.attest(filled, version.digest, "evaluation", {"scores": {"a": -5}}, "ann")
     with pytest.raises(UserError, match="is an evaluation without metrics"):
-        judge(filled_folder, version, {"metrics": ["a > 0"]})
+        judge(filled, version, {"metrics": ["a > 0"]})
 
 
-def test_evaluations_are_finite_numbers_under_a_name(filled_folder: Registry) -> None:
-    version = filled_folder.resolve("team/base:1")
+def test_evaluations_are_finite_numbers_under_a_name(filled: Registry) -> None:
+    version = filled.resolve("team/base:1")
     for metrics, message in (
         ({}, "needs a metric"),
         ({"a b": 1.0}, "bad metric name 'a b'"),
@@ -217,10 +217,10 @@ def test_evaluations_are_finite_numbers_under_a_name(filled_folder: Registry) ->
         ({"a": True}, "expected a finite number"),
     ):
         with pytest.raises(UserError, match=message):
-            evaluations.record(filled_folder, version, metrics, "ann")
+            evaluations.record(filled, version, metrics, "ann")
     for name in ("", " ", "a\nb", "\x1b[31m", "x" * 201):
         with pytest.raises(UserError, match="bad name"):
-            approvals.approve(filled_folder, version, name or "\t")
+            approvals.approve(filled, version, name or "\t")
     assert evaluations.parse_assignments(["a=1", "b=c=.5"]) == {"a": 1.0, "b=c": 0.5}
     for words, message in (
         (["a"], "not METRIC=VALUE"),
@@ -230,7 +230,7 @@ def test_evaluations_are_finite_numbers_under_a_name(filled_folder: Registry) ->
     ):
         with pytest.raises(UserError, match=message):
             evaluations.parse_assignments(words)
-    assert filled_folder.attestations(version) == []
+    assert filled.attestations(version) == []
 
 
 def test_what_a_gate_may_say(tmp_path: Path) -> None:

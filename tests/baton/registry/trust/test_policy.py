@@ -53,42 +53,42 @@ def test_gates_before_aliases(filled: Registry, file: Path, tmp_path: Path) -> N
     assert filled.verify_all() == []
 
 
-def test_rolling_back_asks_no_gate(filled_folder: Registry, file: Path) -> None:
-    version = variant(filled_folder, {"metrics": {"win": 0.5}})
-    filled_folder.promote("team/base:1", "prod", "old days")
+def test_rolling_back_asks_no_gate(filled: Registry, file: Path) -> None:
+    version = variant(filled, {"metrics": {"win": 0.5}})
+    filled.promote("team/base:1", "prod", "old days")
     file.write_text("aliases: {prod: {metrics: [win >= 0.4]}}")
-    set_policy(filled_folder, file)
-    filled_folder.promote(version.ref, "prod", "better")
-    assert filled_folder.rollback("team/base:prod", "broken")["to"] == 1
+    set_policy(filled, file)
+    filled.promote(version.ref, "prod", "better")
+    assert filled.rollback("team/base:prod", "broken")["to"] == 1
 
 
-def test_licences_at_publishing(filled_folder: Registry, folders: Folders, file: Path) -> None:
+def test_licences_at_publishing(filled: Registry, folders: Folders, file: Path) -> None:
     file.write_text("publish: {licences: [MIT, unknown]}")
-    set_policy(filled_folder, file)
+    set_policy(filled, file)
     with pytest.raises(UserError, match="outside the allowed ones"):
-        filled_folder.publish(folders.base, name="team/new", kind="base", details={"licence": "llama3"})
+        filled.publish(folders.base, name="team/new", kind="base", details={"licence": "llama3"})
     with pytest.raises(UserError, match=r"outside the allowed ones \(none\)"):
         wanted = ["llama3"]  # the publisher may ask for less than the policy, not for more
         details = {"licence": "llama3"}
-        filled_folder.publish(folders.base, name="team/new", kind="base", details=details, allowed_licences=wanted)
-    assert filled_folder.publish(folders.base, name="team/new", kind="base", details={"licence": "mit"}).number == 1
-    assert policy.allowed_licences(filled_folder, None) == ["MIT", "unknown"]
-    assert policy.allowed_licences(filled_folder, ["mit", "bsd"]) == ["mit"]
+        filled.publish(folders.base, name="team/new", kind="base", details=details, allowed_licences=wanted)
+    assert filled.publish(folders.base, name="team/new", kind="base", details={"licence": "mit"}).number == 1
+    assert policy.allowed_licences(filled, None) == ["MIT", "unknown"]
+    assert policy.allowed_licences(filled, ["mit", "bsd"]) == ["mit"]
 
 
-def test_licences_on_arrival(filled_folder: Registry, file: Path) -> None:
-    version = variant(filled_folder, {"licence": "llama3", "data": [{"path": "a.jsonl", "licence": "gpl-3.0-only"}]})
+def test_licences_on_arrival(filled: Registry, file: Path) -> None:
+    version = variant(filled, {"licence": "llama3", "data": [{"path": "a.jsonl", "licence": "gpl-3.0-only"}]})
     closure = {version.digest: version.manifest}
-    policy.check_arrival(filled_folder, closure)
+    policy.check_arrival(filled, closure)
     file.write_text("publish: {licences: [llama3]}")
-    set_policy(filled_folder, file)
+    set_policy(filled, file)
     with pytest.raises(UserError) as caught:
-        policy.check_arrival(filled_folder, closure)
+        policy.check_arrival(filled, closure)
     assert f"  {version.digest}: data a.jsonl has gpl-3.0-only\n" in str(caught.value)
     assert "llama3." not in str(caught.value) and "Nothing was brought in" in str(caught.value)
     file.write_text("publish: {licences: [llama3, gpl-3.0-only]}")
-    set_policy(filled_folder, file)
-    policy.check_arrival(filled_folder, closure)
+    set_policy(filled, file)
+    policy.check_arrival(filled, closure)
 
 
 def test_unsigned_versions_are_not_loaded(filled: Registry, file: Path, tmp_path: Path) -> None:
@@ -118,20 +118,20 @@ def test_unsigned_versions_are_not_loaded(filled: Registry, file: Path, tmp_path
 
 
 def test_a_reader_has_a_policy_of_its_own(
-    filled_folder: Registry, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    filled: Registry, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     private, _ = make_key(tmp_path, "team")
     file.write_text("resolve: {signatures: {keys: [team.pub]}}")
-    base = filled_folder.resolve("team/base:1")
+    base = filled.resolve("team/base:1")
     base.folder()
     monkeypatch.setenv("BATON_POLICY", str(file))
     with pytest.raises(UserError, match=f"must be signed .*BATON_POLICY={file}"):
         base.folder()
     (tmp_path / "weak.yaml").write_text("{}")
-    set_policy(filled_folder, tmp_path / "weak.yaml")  # whoever can write to the store cannot weaken it
+    set_policy(filled, tmp_path / "weak.yaml")  # whoever can write to the store cannot weaken it
     with pytest.raises(UserError, match="must be signed"):
         base.folder()
-    signing.sign(filled_folder, base.digest, private)
+    signing.sign(filled, base.digest, private)
     base.folder()
     monkeypatch.setenv("BATON_POLICY", str(tmp_path / "absent.yaml"))
     with pytest.raises(UserError, match="there is no file"):
@@ -155,9 +155,7 @@ def test_policies_are_kept(filled: Registry, file: Path) -> None:
             use()
 
 
-def test_of_two_who_set_a_policy_one_wins(
-    filled_folder: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_who_set_a_policy_one_wins(filled: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together, found = threading.Barrier(2), list[Any]()
     write = records.write
 
@@ -171,7 +169,7 @@ def test_of_two_who_set_a_policy_one_wins(
         path = tmp_path / f"{licence}.yaml"
         path.write_text(f"publish: {{licences: [{licence}]}}")
         try:
-            found.append(set_policy(Registry(filled_folder.location), path).number)
+            found.append(set_policy(Registry(filled.location), path).number)
         except UserError as error:
             found.append(str(error))
 
@@ -183,7 +181,7 @@ def test_of_two_who_set_a_policy_one_wins(
     assert sorted(map(str, found)) == ["1", "someone set another policy meanwhile; look again: `baton policy`."]
 
 
-def test_what_a_policy_may_say(filled_folder: Registry, file: Path) -> None:
+def test_what_a_policy_may_say(filled: Registry, file: Path) -> None:
     for text, message in (
         ("alias: {prod: {}}", "unknown key alias; did you mean aliases?"),
         ("publish: {}", "publish.licences is missing"),
@@ -197,6 +195,6 @@ def test_what_a_policy_may_say(filled_folder: Registry, file: Path) -> None:
     ):
         file.write_text(text)
         with pytest.raises(UserError) as caught:
-            set_policy(filled_folder, file)
+            set_policy(filled, file)
         assert message in str(caught.value) and str(file) in str(caught.value), (text, str(caught.value))
-    assert policy.current(filled_folder) is None
+    assert policy.current(filled) is None

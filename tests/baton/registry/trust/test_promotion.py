@@ -47,27 +47,27 @@ def test_a_gate_that_holds_is_recorded(filled: Registry, tmp_path: Path) -> None
     assert moves(filled) == [(3, None)] and filled.verify_all() == []
 
 
-def test_a_gate_that_fails_names_every_condition_that_does(filled_folder: Registry, tmp_path: Path) -> None:
-    fill(filled_folder)
+def test_a_gate_that_fails_names_every_condition_that_does(filled: Registry, tmp_path: Path) -> None:
+    fill(filled)
     gate = tmp_path / "GATE.yaml"
     gate.write_text("metrics: [win >= 0.25, win <= 0.5, los < 1]\napprovals: {at_least: 1}")
     with pytest.raises(UserError) as caught:
-        filled_folder.promote("team/base:2", "prod", "hope", gate=gate)
+        filled.promote("team/base:2", "prod", "hope", gate=gate)
     assert str(caught.value) == (
         "team/base:2 may not become team/base:prod; 3 of 4 conditions fail:\n"
         "  win >= 0.25: 0.2 by the publisher\n"
         "  los < 1: team/base:2 has no metric los; it has win\n"
         "  approvals: at least 1: 0"
     )
-    assert moves(filled_folder) == []
+    assert moves(filled) == []
     gate.write_text("metrics: [win > current]")
-    filled_folder.promote("team/base:3", "prod", "first", gate=gate)
+    filled.promote("team/base:3", "prod", "first", gate=gate)
     with pytest.raises(UserError, match="1 of 1 conditions fail"):
-        filled_folder.promote("team/base:2", "prod", "worse", gate=gate)
+        filled.promote("team/base:2", "prod", "worse", gate=gate)
     # a gate is asked even where nothing would move
     gate.write_text("metrics: [win > 1]")
     with pytest.raises(UserError, match="1 of 1 conditions fail"):
-        filled_folder.promote("team/base:3", "prod", "again", gate=gate)
+        filled.promote("team/base:3", "prod", "again", gate=gate)
 
 
 def test_rollback_goes_back_and_never_forward(filled: Registry) -> None:
@@ -86,16 +86,16 @@ def test_rollback_goes_back_and_never_forward(filled: Registry) -> None:
     assert filled.verify_all() == []
 
 
-def test_rolling_back_to_a_version_that_was_promoted_twice(filled_folder: Registry) -> None:
-    fill(filled_folder, 2)
+def test_rolling_back_to_a_version_that_was_promoted_twice(filled: Registry) -> None:
+    fill(filled, 2)
     for number in (1, 2, 1):
-        filled_folder.promote(f"team/base:{number}", "prod", "x")
-    assert [filled_folder.rollback("team/base:prod", "x")["to"] for _ in range(2)] == [2, 1]
+        filled.promote(f"team/base:{number}", "prod", "x")
+    assert [filled.rollback("team/base:prod", "x")["to"] for _ in range(2)] == [2, 1]
 
 
-def test_what_cannot_be_rolled_back(filled_folder: Registry) -> None:
-    fill(filled_folder, 2)
-    filled_folder.promote("team/base:1", "prod", "x")
+def test_what_cannot_be_rolled_back(filled: Registry) -> None:
+    fill(filled, 2)
+    filled.promote("team/base:1", "prod", "x")
     for target, reason, message in (
         ("team/base:prod", "x", "means team/base:1, and before it nothing"),
         ("team/base:prod", " ", "a rollback needs a reason"),
@@ -105,12 +105,12 @@ def test_what_cannot_be_rolled_back(filled_folder: Registry) -> None:
         ("team/base", "x", "says no version"),
     ):
         with pytest.raises(UserError, match=message):
-            filled_folder.rollback(target, reason)
-    filled_folder.promote("team/base:2", "prod", "x")
-    delete(filled_folder, "team/base:1", "leaked", "ann")
+            filled.rollback(target, reason)
+    filled.promote("team/base:2", "prod", "x")
+    delete(filled, "team/base:1", "leaked", "ann")
     with pytest.raises(UserError, match="would go back to team/base:1, which was deleted. Promote another"):
-        filled_folder.rollback("team/base:prod", "x")
-    assert moves(filled_folder) == [(1, None), (2, 1)]
+        filled.rollback("team/base:prod", "x")
+    assert moves(filled) == [(1, None), (2, 1)]
 
 
 def test_a_lost_answer_is_recognised(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +122,8 @@ def test_a_lost_answer_is_recognised(filled: Registry, monkeypatch: pytest.Monke
     assert moves(filled) == [(expected_record["to"], None)]
 
 
-def test_of_two_threads_one_wins(filled_folder: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(filled_folder, 9)
+def test_of_two_threads_one_wins(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(filled, 9)
     together, found = threading.Barrier(8), list[Any]()
     write = records.write
 
@@ -135,7 +135,7 @@ def test_of_two_threads_one_wins(filled_folder: Registry, monkeypatch: pytest.Mo
 
     def move(number: int) -> None:
         try:
-            found.append(Registry(filled_folder.location).promote(f"team/base:{number}", "prod", "mine")["to"])
+            found.append(Registry(filled.location).promote(f"team/base:{number}", "prod", "mine")["to"])
         except UserError as error:
             found.append(str(error))
 
@@ -147,7 +147,7 @@ def test_of_two_threads_one_wins(filled_folder: Registry, monkeypatch: pytest.Mo
     (winner,) = [one for one in found if isinstance(one, int)]
     losers = [one for one in found if isinstance(one, str)]
     assert len(losers) == 7 and all("someone moved team/base:prod meanwhile; look again" in one for one in losers)
-    assert moves(filled_folder) == [(winner, None)]
+    assert moves(filled) == [(winner, None)]
 
 
 def _promote_often(location: str, writer: int, rounds: int) -> None:

@@ -38,19 +38,19 @@ def problems(registry: Registry, public: Path, ref: str = "team/base:1", of: str
 
 
 @pytest.mark.parametrize("curve", ["SECP256R1", "SECP384R1", "SECP521R1"])
-def test_a_signature_holds_for_its_key_and_no_other(filled_folder: Registry, tmp_path: Path, curve: str) -> None:
+def test_a_signature_holds_for_its_key_and_no_other(filled: Registry, tmp_path: Path, curve: str) -> None:
     private, public = make_key(tmp_path, "ann", curve)
     _, other = make_key(tmp_path, "bob", curve)
-    version = filled_folder.resolve("team/base:1")
-    said = signing.sign(filled_folder, version.digest, private, "ann")
+    version = filled.resolve("team/base:1")
+    said = signing.sign(filled, version.digest, private, "ann")
     assert said.type == "signature" and said.body["of"] == version.digest
     assert said.body["key"] == signing.fingerprint(public.read_text())
-    assert problems(filled_folder, public) == [None]
-    (problem,) = problems(filled_folder, other)
+    assert problems(filled, public) == [None]
+    (problem,) = problems(filled, other)
     assert problem and problem.startswith("is by another key (sha256:")
-    assert problems(filled_folder, public, "team/other:1") == []
-    assert signing.sign(filled_folder, version.digest, private, "ann") == said  # the same again adds nothing
-    assert len(filled_folder.attestations(version)) == 1
+    assert problems(filled, public, "team/other:1") == []
+    assert signing.sign(filled, version.digest, private, "ann") == said  # the same again adds nothing
+    assert len(filled.attestations(version)) == 1
 
 
 def test_on_either_store(filled: Registry, tmp_path: Path) -> None:
@@ -72,47 +72,47 @@ def model_signing(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_ours_verifies_by_model_signings_command_and_the_reverse(filled_folder: Registry, tmp_path: Path) -> None:
+def test_ours_verifies_by_model_signings_command_and_the_reverse(filled: Registry, tmp_path: Path) -> None:
     private, public = make_key(tmp_path, "ann")
-    version = filled_folder.resolve("team/base:1")
-    said = signing.sign(filled_folder, version.digest, private)
-    signing.write_for_others(filled_folder, version.digest, said, tmp_path / "out")
+    version = filled.resolve("team/base:1")
+    said = signing.sign(filled, version.digest, private)
+    signing.write_for_others(filled, version.digest, said, tmp_path / "out")
     manifest, signature = tmp_path / "out" / "manifest.json", tmp_path / "out" / "model.sig"
     words = ("verify", "key", manifest, "--signature", signature, "--public_key", public)
     done = model_signing(*words)
     assert done.returncode == 0 and "Verification succeeded" in done.stdout + done.stderr, done
     with pytest.raises(UserError, match="manifest.json exists; name another folder"):
-        signing.write_for_others(filled_folder, version.digest, said, tmp_path / "out")
+        signing.write_for_others(filled, version.digest, said, tmp_path / "out")
     # signed elsewhere, by another key of theirs
     theirs, theirs_public = make_key(tmp_path, "eve")
     elsewhere = tmp_path / "their.sig"
     done = model_signing("sign", "key", manifest, "--signature", elsewhere, "--private_key", theirs)
     assert done.returncode == 0, done
-    signing.attach(filled_folder, version.digest, elsewhere, "eve")
-    assert sorted(map(str, problems(filled_folder, theirs_public)))[0] == "None"
-    assert len(problems(filled_folder, public)) == 2 and problems(filled_folder, public).count(None) == 1
+    signing.attach(filled, version.digest, elsewhere, "eve")
+    assert sorted(map(str, problems(filled, theirs_public)))[0] == "None"
+    assert len(problems(filled, public)) == 2 and problems(filled, public).count(None) == 1
     manifest.write_bytes(manifest.read_bytes().replace(b"apache", b"Apache"))
     assert model_signing(*words).returncode == 1
 
 
-def test_what_cannot_be_attached(filled_folder: Registry, tmp_path: Path) -> None:
+def test_what_cannot_be_attached(filled: Registry, tmp_path: Path) -> None:
     private, _ = make_key(tmp_path, "ann")
-    one, other = (filled_folder.resolve(f"team/{name}:1").digest for name in ("base", "other"))
-    bundle = signing.sign(filled_folder, one, private).body["bundle"]
+    one, other = (filled.resolve(f"team/{name}:1").digest for name in ("base", "other"))
+    bundle = signing.sign(filled, one, private).body["bundle"]
     file = tmp_path / "model.sig"
     file.write_text(json.dumps(bundle))
     with pytest.raises(UserError, match=f"model.sig signs another file: expected {other}, found {one}"):
-        signing.attach(filled_folder, other, file)
+        signing.attach(filled, other, file)
     for text in ("", "[]", "{}", "null", '"x"', "[" * 100_000, json.dumps(bundle)[:-9], json.dumps({**bundle, "x": 1})):
         file.write_text(text)
         with pytest.raises(UserError, match="model.sig is (not a signature|malformed)"):
-            signing.attach(filled_folder, one, file)
+            signing.attach(filled, one, file)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "manifest.json").write_text("{}")
     done = model_signing("sign", "key", tmp_path / "folder", "--signature", file, "--private_key", private)
     assert done.returncode == 0, done
     with pytest.raises(UserError, match="signs a folder, not the manifest: sign the one file manifest.json"):
-        signing.attach(filled_folder, one, file)
+        signing.attach(filled, one, file)
 
 
 def _flipped(text: str, at: int = 10) -> str:
@@ -194,83 +194,83 @@ def ann(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make_key(tmp_path_factory.mktemp("keys"), "ann")
 
 
-def test_every_field_that_is_changed_is_noticed(filled_folder: Registry, ann: tuple[Path, Path]) -> None:
+def test_every_field_that_is_changed_is_noticed(filled: Registry, ann: tuple[Path, Path]) -> None:
     """Whoever can write to the store can put a changed record there under its own digest."""
     private, public = ann
-    digest = filled_folder.resolve("team/base:1").digest
-    genuine = signing.sign(filled_folder, digest, private)
-    filled_folder.store.delete(attestations.path_of(genuine))
-    assert problems(filled_folder, public) == []
+    digest = filled.resolve("team/base:1").digest
+    genuine = signing.sign(filled, digest, private)
+    filled.store.delete(attestations.path_of(genuine))
+    assert problems(filled, public) == []
     for name, (change, expected) in TAMPERINGS.items():
         body = copy.deepcopy(genuine.body)
         change(body)
         assert body != genuine.body, name
-        forged = attestations.attest(filled_folder, digest, "signature", body)
-        (problem,) = problems(filled_folder, public)
+        forged = attestations.attest(filled, digest, "signature", body)
+        (problem,) = problems(filled, public)
         assert problem is not None and expected in problem, (name, problem)
-        filled_folder.store.delete(attestations.path_of(forged))
-    attestations.attest(filled_folder, digest, "signature", genuine.body, "somebody else")
-    assert problems(filled_folder, public) == [None]  # the name beside a signature is only a claim
+        filled.store.delete(attestations.path_of(forged))
+    attestations.attest(filled, digest, "signature", genuine.body, "somebody else")
+    assert problems(filled, public) == [None]  # the name beside a signature is only a claim
 
 
-def test_every_flipped_bit_of_a_stored_signature_is_noticed(filled_folder: Registry, ann: tuple[Path, Path]) -> None:
-    said = signing.sign(filled_folder, filled_folder.resolve("team/base:1").digest, ann[0])
+def test_every_flipped_bit_of_a_stored_signature_is_noticed(filled: Registry, ann: tuple[Path, Path]) -> None:
+    said = signing.sign(filled, filled.resolve("team/base:1").digest, ann[0])
     path = attestations.path_of(said)
-    whole = filled_folder.store.get(path)
+    whole = filled.store.get(path)
     for at in range(0, len(whole), 97):
-        overwrite(filled_folder, path, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        overwrite(filled, path, whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(UserError, match=f"{path.rpartition('/')[2]} is (damaged|about sha)"):
-            problems(filled_folder, ann[1])
+            problems(filled, ann[1])
 
 
-def test_the_signature_of_another_manifest(filled_folder: Registry, ann: tuple[Path, Path]) -> None:
-    base, other = (filled_folder.resolve(f"team/{name}:1").digest for name in ("base", "other"))
-    said = signing.sign(filled_folder, base, ann[0])
-    attestations.attest(filled_folder, other, "signature", {**said.body, "of": other})
-    assert problems(filled_folder, ann[1], "team/other:1") == [f"signs another file: expected {other}, found {base}"]
-    attestations.attest(filled_folder, other, "signature", said.body)  # still says that it is of base: not listed
-    assert len(problems(filled_folder, ann[1], "team/other:1")) == 1
+def test_the_signature_of_another_manifest(filled: Registry, ann: tuple[Path, Path]) -> None:
+    base, other = (filled.resolve(f"team/{name}:1").digest for name in ("base", "other"))
+    said = signing.sign(filled, base, ann[0])
+    attestations.attest(filled, other, "signature", {**said.body, "of": other})
+    assert problems(filled, ann[1], "team/other:1") == [f"signs another file: expected {other}, found {base}"]
+    attestations.attest(filled, other, "signature", said.body)  # still says that it is of base: not listed
+    assert len(problems(filled, ann[1], "team/other:1")) == 1
 
 
-def test_an_altered_manifest(filled_folder: Registry, ann: tuple[Path, Path]) -> None:
-    version = filled_folder.resolve("team/base:1")
-    signing.sign(filled_folder, version.digest, ann[0])
+def test_an_altered_manifest(filled: Registry, ann: tuple[Path, Path]) -> None:
+    version = filled.resolve("team/base:1")
+    signing.sign(filled, version.digest, ann[0])
     path = manifests.manifest_path(version.digest)
-    data = filled_folder.store.get(path)
-    overwrite(filled_folder, path, data.replace(b"apache-2.0", b"Apache-2.0"))
+    data = filled.store.get(path)
+    overwrite(filled, path, data.replace(b"apache-2.0", b"Apache-2.0"))
     with pytest.raises(UserError, match=f"expected {version.digest}, found sha256:"):
-        problems(filled_folder, ann[1])
+        problems(filled, ann[1])
     # under its own digest, with a version and the signature, it is still not what was signed
-    overwrite(filled_folder, path, data)
-    other = variant(filled_folder, {"licence": "mit"})
-    for said in filled_folder.attestations(version, "signature"):
-        attestations.attest(filled_folder, other.digest, "signature", {**said.body, "of": other.digest})
-    (problem,) = problems(filled_folder, ann[1], other.ref)
+    overwrite(filled, path, data)
+    other = variant(filled, {"licence": "mit"})
+    for said in filled.attestations(version, "signature"):
+        attestations.attest(filled, other.digest, "signature", {**said.body, "of": other.digest})
+    (problem,) = problems(filled, ann[1], other.ref)
     assert problem and "signs another file" in problem
 
 
-def test_signed_attestations(filled_folder: Registry, ann: tuple[Path, Path]) -> None:
-    version = filled_folder.resolve("team/base:1")
-    approval = approvals.approve(filled_folder, version, "ann", key=ann[0])
-    measured = evaluations.record(filled_folder, version, {"win": 0.5}, "ann")
-    signing.sign(filled_folder, version.digest, ann[0], of=measured.digest)
-    assert problems(filled_folder, ann[1], of=approval.digest) == [None]
-    assert problems(filled_folder, ann[1], of=measured.digest) == [None]
-    assert problems(filled_folder, ann[1]) == []  # an approval's signature is none of the manifest
-    forged = attestations.attest(filled_folder, version.digest, "approval", {"note": None}, "bob")
-    (said, _) = filled_folder.attestations(version, "signature")
-    attestations.attest(filled_folder, version.digest, "signature", {**said.body, "of": forged.digest})
-    (problem,) = problems(filled_folder, ann[1], of=forged.digest)
+def test_signed_attestations(filled: Registry, ann: tuple[Path, Path]) -> None:
+    version = filled.resolve("team/base:1")
+    approval = approvals.approve(filled, version, "ann", key=ann[0])
+    measured = evaluations.record(filled, version, {"win": 0.5}, "ann")
+    signing.sign(filled, version.digest, ann[0], of=measured.digest)
+    assert problems(filled, ann[1], of=approval.digest) == [None]
+    assert problems(filled, ann[1], of=measured.digest) == [None]
+    assert problems(filled, ann[1]) == []  # an approval's signature is none of the manifest
+    forged = attestations.attest(filled, version.digest, "approval", {"note": None}, "bob")
+    (said, _) = filled.attestations(version, "signature")
+    attestations.attest(filled, version.digest, "signature", {**said.body, "of": forged.digest})
+    (problem,) = problems(filled, ann[1], of=forged.digest)
     assert problem and problem.startswith(f"signs another file: expected {forged.digest}")
     with pytest.raises(UserError, match="has no attestation sha256:00"):
-        signing.sign(filled_folder, version.digest, ann[0], of="sha256:" + "0" * 64)
+        signing.sign(filled, version.digest, ann[0], of="sha256:" + "0" * 64)
 
 
-def test_keys_that_cannot_sign(filled_folder: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_that_cannot_sign(filled: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ed25519
 
-    digest = filled_folder.resolve("team/base:1").digest
+    digest = filled.resolve("team/base:1").digest
     locked, locked_public = make_key(tmp_path, "locked", password=b"secret")
     _, public = make_key(tmp_path, "ann")
     wrong_curve, _ = make_key(tmp_path, "bitcoin", "SECP256K1")
@@ -287,36 +287,36 @@ def test_keys_that_cannot_sign(filled_folder: Registry, tmp_path: Path, monkeypa
         (locked, "give its password in BATON_KEY_PASSWORD"),
     ):
         with pytest.raises(UserError, match=message):
-            signing.sign(filled_folder, digest, key)
+            signing.sign(filled, digest, key)
     monkeypatch.setenv("BATON_KEY_PASSWORD", "wrong")
     with pytest.raises(UserError, match="give its password"):
-        signing.sign(filled_folder, digest, locked)
+        signing.sign(filled, digest, locked)
     monkeypatch.setenv("BATON_KEY_PASSWORD", "secret")
-    signing.sign(filled_folder, digest, locked)
-    assert problems(filled_folder, locked_public) == [None]
+    signing.sign(filled, digest, locked)
+    assert problems(filled, locked_public) == [None]
 
 
 def test_a_missing_library_says_what_to_install(
-    filled_folder: Registry, ann: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    filled: Registry, ann: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(UserError, match=r"pip install 'baton\[sign\]'"):
-        signing.sign(filled_folder, filled_folder.resolve("team/base:1").digest, ann[0])
+        signing.sign(filled, filled.resolve("team/base:1").digest, ann[0])
 
 
 @pytest.mark.parametrize("resource", [{"digest": "x"}, {"digest": "x", "name": ".", "algorithm": 5}, "x", None])
-def test_a_forged_signature_does_not_hide_a_good_one(filled_folder: Registry, tmp_path: Path, resource: Any) -> None:
+def test_a_forged_signature_does_not_hide_a_good_one(filled: Registry, tmp_path: Path, resource: Any) -> None:
     private, public = make_key(tmp_path, "team")
-    version = filled_folder.resolve("team/base:1")
-    good = signing.sign(filled_folder, version.digest, private)
+    version = filled.resolve("team/base:1")
+    good = signing.sign(filled, version.digest, private)
     forged = json.loads(json.dumps(good.body))
     envelope = forged["bundle"]["dsseEnvelope"]
     payload = json.loads(base64.b64decode(envelope["payload"]))
     payload["predicate"]["resources"] = [resource]
     envelope["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
-    attestations.attest(filled_folder, version.digest, "signature", forged, "mallory")
-    keys, others = signing.require(filled_folder, version.digest, [public.read_text()])
+    attestations.attest(filled, version.digest, "signature", forged, "mallory")
+    keys, others = signing.require(filled, version.digest, [public.read_text()])
     assert keys == {good.body["key"]} and len(others) == 1 and "mallory's is malformed" in others[0]
     (tmp_path / "model.sig").write_text(json.dumps(forged["bundle"]))
     with pytest.raises(UserError, match="model.sig is malformed"):
-        signing.attach(filled_folder, version.digest, tmp_path / "model.sig")
+        signing.attach(filled, version.digest, tmp_path / "model.sig")

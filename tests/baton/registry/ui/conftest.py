@@ -55,9 +55,8 @@ def get() -> Callable[..., str]:
 
 
 @pytest.fixture
-def hostile(folder_registry: Registry, made: Folders) -> Registry:
+def hostile(registry: Registry, made: Folders) -> Registry:
     """team/hostile:1 with every text from outside hostile; the alias `prod` with hostile reasons and names."""
-    registry = folder_registry
     details: dict[str, Any] = {
         "licence": SCRIPT,
         "metrics": {text: number for number, text in enumerate(HOSTILE)} | {"text": SCRIPT, "nested": {SCRIPT: 1.5}},

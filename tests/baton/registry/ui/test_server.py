@@ -14,8 +14,8 @@ from baton.registry import Registry
 from baton.registry.ui.server import is_loopback, serve
 
 
-def test_the_command_serves_and_prints_its_address(filled_folder: Registry) -> None:
-    command = [sys.executable, "-m", "baton.cli", "ui", "--port", "0", "--registry", filled_folder.location]
+def test_the_command_serves_and_prints_its_address(filled: Registry) -> None:
+    command = [sys.executable, "-m", "baton.cli", "ui", "--port", "0", "--registry", filled.location]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -31,18 +31,18 @@ def test_the_command_serves_and_prints_its_address(filled_folder: Registry) -> N
             process.terminate()
 
 
-def test_a_taken_port_is_a_message(filled_folder: Registry) -> None:
+def test_a_taken_port_is_a_message(filled: Registry) -> None:
     import socket
 
     expected = r"cannot listen on 127.0.0.1, port \d+ .*--port 0 takes a free port"
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=expected):
-        serve(filled_folder, "127.0.0.1", taken.getsockname()[1], print)
+        serve(filled, "127.0.0.1", taken.getsockname()[1], print)
 
 
-def test_a_missing_library_is_a_message(filled_folder: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_a_message(filled: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"pip install 'baton\[ui\]'"):
-        serve(filled_folder, "127.0.0.1", 0, print)
+        serve(filled, "127.0.0.1", 0, print)
 
 
 def test_which_addresses_are_this_machines_own() -> None:
