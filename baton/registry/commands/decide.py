@@ -47,7 +47,12 @@ def promote(
     """Make an alias mean a version; the alias's history keeps who, when, why and what was there before."""
     reg = Registry(registry)
     version = reg.resolve(ref)
-    _print_move(reg.promote(version.ref, alias, reason, gate=gate), f"{version.name}:{alias}", as_json)
+    is_there = reg.aliases(version.name).get(alias) == version.number
+    record = reg.promote(version.ref, alias, reason, gate=gate)
+    if is_there and record["to"] == version.number and not as_json:
+        typer.echo(f"{version.name}:{alias} means {version.ref} already, since {record['time']}: nothing was recorded")
+    else:
+        _print_move(record, f"{version.name}:{alias}", as_json)
 
 
 def rollback(

@@ -117,7 +117,7 @@ def gc(
 
 def delete(
     ref: RefArgument,
-    why: Annotated[str, typer.Option(help="The reason; whoever asks for this version later is told.")],
+    reason: Annotated[str, typer.Option("--reason", "--why", help="Why; whoever asks for this version later is told.")],
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
@@ -126,7 +126,7 @@ def delete(
 
     from baton.registry.care import tombstones
 
-    deletion = tombstones.delete(Registry(registry), ref, why)
+    deletion = tombstones.delete(Registry(registry), ref, reason)
     if as_json:
         facts: dict[str, Any] = asdict(deletion)
         print_json(facts)

@@ -23,15 +23,19 @@ _HEADERS = {
 
 
 class Protect:
-    """Refuses foreign Host headers and all methods that could change something; adds the security headers."""
+    """Refuses foreign Host headers and other methods; adds the security headers that an answer does not set itself."""
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], any_address: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: frozenset[str], any_address: bool, methods: tuple[str, ...] = ("GET", "HEAD")
+    ) -> None:
         """hosts: names by which the page may be asked for, lower-case. any_address: or by any IP address.
+
+        methods: by default those that change nothing.
 
         A site that a browser shows can point its own name at this machine (DNS rebinding) and then read the page as
         its own; the Host header gives it away, and it cannot use an address instead of its name.
         """
-        self.app, self.hosts, self.any_address = app, hosts, any_address
+        self.app, self.hosts, self.any_address, self.methods = app, hosts, any_address, methods
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, by ASGI."""
@@ -49,10 +53,11 @@ class Protect:
             await send(message)
 
         if not self._is_ours(Headers(scope=scope).getlist("host")):
-            refusal = PlainTextResponse("This page answers to the address that `baton ui` printed, only.", 421)
+            refusal = PlainTextResponse("This page answers only to the address that was printed at its start.", 421)
             await refusal(scope, receive, send_protected)
-        elif scope["method"] not in ("GET", "HEAD"):
-            refusal = PlainTextResponse("This page only shows; it changes nothing.", 405, {"Allow": "GET, HEAD"})
+        elif scope["method"] not in self.methods:
+            allowed = ", ".join(self.methods)
+            refusal = PlainTextResponse(f"This page answers to {allowed} alone.", 405, {"Allow": allowed})
             await refusal(scope, receive, send_protected)
         else:
             await self.app(scope, receive, send_protected)

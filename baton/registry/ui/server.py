@@ -21,7 +21,7 @@ def serve(registry: "Registry", host: str, port: int, announce: Callable[[str], 
         raise UserError(f"the page needs a library that is not installed ({error}): pip install 'baton[ui]'") from error
     from baton.registry.ui.protect import LOOPBACK
 
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         announce(f"http://{shown}:{listener.getsockname()[1]}/")
         hosts = LOOPBACK if is_loopback(host) else LOOPBACK | {host.lower(), socket.gethostname().lower()}
@@ -38,7 +38,8 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises UserError where there can be none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, reuse_port=False)

@@ -41,6 +41,9 @@ def test_from_evaluation_to_promotion_and_back(filled: Registry, tmp_path: Path)
     assert filled.aliases("team/base") == {}  # a dry run
     run(filled, "promote", "team/base:1", "prod", "--reason", "first")
     moved = run(filled, "promote", version.ref, "prod", "--reason", "better", "--gate", gate)
+    again = run(filled, "promote", version.ref, "prod", "--reason", "better still").stdout
+    assert f"team/base:prod means {version.ref} already" in again
+    assert len(filled.alias_history("team/base", "prod")) == 2
     assert moved.stdout == "team/base:prod → 2 (before: 1)\n"
     back = run(filled, "rollback", "team/base:prod", "--reason", "it swears")
     assert back.stdout == "team/base:prod → 1 (before: 2)\n"

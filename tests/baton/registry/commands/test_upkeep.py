@@ -34,7 +34,7 @@ def small(registry: Registry) -> Registry:
 
 
 def test_delete_and_gc(small: Registry) -> None:
-    assert "these are made of it: team/child:1" in run(small, "delete", "team/base:1", "--why", "licence").stdout
+    assert "these are made of it: team/child:1" in run(small, "delete", "team/base:1", "--reason", "licence").stdout
     deleted = json.loads(run(small, "delete", "team/gone:1", "--why", "bad", "--json").stdout)
     assert deleted["ref"] == "team/gone:1" and deleted["why"] == "bad" and deleted["descendants"] == []
     before = paths(small)
