@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SCORE_KEY = "base_model.model.score.weight"
 """Where a PEFT folder of a sequence classifier keeps its score head."""
 
+MEMBERS = "members"
+"""In an ensemble's folder, the one of its members but the first."""
+
 
 def new_lora_config(lora: Lora) -> LoraConfig:
     """A causal-language-model LoRA configuration."""
@@ -37,6 +40,23 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
 
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return config, load_file(folder / "adapter_model.safetensors")
+
+
+def member_folders(folder: Path) -> list[Path]:
+    """The adapter folders of a reward model: `folder` itself, then members/1, members/2, … of an ensemble."""
+    return [folder, *(folder / path for path in member_paths(folder))]
+
+
+def member_paths(folder: Path) -> list[str]:
+    """`members/1`, `members/2`, … as they lie in `folder`; raises UserError where one is missing in between."""
+    found = {path.name for path in (folder / MEMBERS).glob("*")} if (folder / MEMBERS).is_dir() else set()
+    names = [str(number) for number in range(1, len(found) + 1)]
+    if found != set(names):
+        raise UserError(
+            f"{folder / MEMBERS} holds {', '.join(sorted(found))}; expected one folder for each further member of the "
+            f"ensemble, {', '.join(names)}. Copy the missing ones, or remove {MEMBERS}/."
+        )
+    return [f"{MEMBERS}/{name}" for name in names]
 
 
 def split_head(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

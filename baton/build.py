@@ -146,8 +146,8 @@ def _ppo_versions(recipe: PPORecipe, registry: Registry) -> dict[str, Version]:
     _expect_kind(sft, ("adapter", "merged", "base"), "PPO's policy starts from SFT's model", "stages.sft")
     versions = {"sft": sft}
     for source in _reward_sources(recipe):
-        if source.model:
-            version = versions[reward_role(recipe, source)] = registry.resolve(source.model)
+        for role, reference in zip(reward_roles(recipe, source), source.references, strict=True):
+            version = versions[role] = registry.resolve(reference)
             _expect_kind(version, ("reward",), "PPO needs a reward model", "reward.train")
     if sft.manifest["probe"]["output"] != "logits":
         raise UserError(f"{sft.ref} is a classifier and writes no text; PPO's policy starts from SFT's model")
@@ -183,12 +183,16 @@ def check_source(source: RewardSource, folder: Path) -> None:
         classifier_source(source.classifier, folder)
 
 
-def reward_role(recipe: PPORecipe, source: RewardSource) -> str:
-    """Under which role `Inputs.versions`, and the parents of what is published, hold a `model:` reward's version."""
+def reward_roles(recipe: PPORecipe, source: RewardSource) -> list[str]:
+    """Under which roles `Inputs.versions`, and the parents of what is published, hold a reward's versions, in order."""
     if source is recipe.gold:
-        return "gold"
-    num_models = sum(reward.model is not None for reward in recipe.rewards)
-    return "reward" if num_models == 1 else f"reward-{source.label}"
+        stem = "gold"
+    else:
+        num_models = sum(bool(reward.references) for reward in recipe.rewards)
+        stem = "reward" if num_models == 1 else f"reward-{source.label}"
+    if source.model is not None:
+        return [stem]
+    return [f"{stem}-{at}" for at in range(1, len(source.references) + 1)]
 
 
 def shares_base(sft: Version, reward: Version) -> bool:

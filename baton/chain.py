@@ -201,7 +201,7 @@ def _check_references(links: list[Link]) -> None:
         if isinstance(recipe, PPORecipe):
             sources = [("reward", source) for source in recipe.rewards]
             sources += [("gold", recipe.gold)] if recipe.gold else []
-            references += [(key, source.model) for key, source in sources]
+            references += [(key, reference) for key, source in sources for reference in source.references]
             for key, source in sources:
                 try:
                     check_source(source, recipe.folder)

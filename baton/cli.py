@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -69,22 +70,43 @@ def chat(
 @app.command()
 def generate(
     ref: RefArgument,
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="The beginning, read as the beginning of a document.")],
+    text: Annotated[
+        str,
+        typer.Argument(metavar="TEXT", help="A document's beginning; with --best-of, what a user says."),
+    ],
     max_new_tokens: LengthOption = 64,
-    temperature: TemperatureOption = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 takes the likeliest token; above 0 samples. By default 0, with --best-of 1."),
+    ] = None,
     seed: SeedOption = 0,
     show_candidates: Annotated[
         bool, typer.Option("--show-candidates", help="Show the likeliest next tokens with their probabilities.")
     ] = False,
     candidates: Annotated[int | None, typer.Option(min=1, help="How many; implies --show-candidates.")] = None,
+    best_of: Annotated[
+        int | None, typer.Option("--best-of", metavar="N", help="Answer TEXT N times and show the best first.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(metavar="REF", help="The reward model that says which of --best-of is best.")
+    ] = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text, token by token."""
+    """Continue a text, token by token; or answer it N times and let a reward model choose."""
     from baton import talk
 
+    if (best_of is None) != (reward is None):
+        raise UserError("--best-of N and --reward REF go together: how many replies, and what judges them")
     shown = candidates or (5 if show_candidates else 0)
-    talk.continue_text(registry, ref, text, talk.Sampling(max_new_tokens, temperature, seed), shown, as_json)
+    if best_of is None or reward is None:
+        sampling = talk.Sampling(max_new_tokens, temperature or 0.0, seed)
+        talk.continue_text(registry, ref, text, sampling, shown, as_json)
+        return
+    if shown:
+        raise UserError("--show-candidates is for one continuation, --best-of for whole replies; leave one out")
+    sampling = talk.Sampling(max_new_tokens, 1.0 if temperature is None else temperature, seed)
+    talk.best_of(registry, ref, reward, text, sampling, best_of, as_json)
 
 
 @app.command()
@@ -104,6 +126,8 @@ def score(
 
 
 register(app)
+for _entry in entry_points(group="baton.commands"):
+    _entry.load()(app)  # of the rooms that build on this one, which it does not import
 
 
 def main() -> None:

@@ -114,14 +114,23 @@ def surprisals(model: Any, tokenizer: PreTrainedTokenizerBase, text: str) -> lis
 
 
 def reward(model: Any, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> float:
-    """What a reward model gives the last message of `messages` as a reply to those before it."""
+    """What a reward model gives the last message of `messages` as a reply to those before it; an ensemble's mean.
+
+    Each adapter of a model with several is a member.
+    """
     import torch
 
     ids = encode_scored(tokenizer, messages)
     if len(ids) > context_length(model):
         raise UserError(f"prompt and reply are {len(ids)} tokens long; the model reads at most {context_length(model)}")
+    members = list(getattr(model, "peft_config", {}))
+    scores = []
     with torch.no_grad():
-        return float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0])
+        for member in members if len(members) > 1 else [None]:
+            if member is not None:
+                model.set_adapter(member)
+            scores.append(float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0]))
+    return math.fsum(scores) / len(scores)
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int:

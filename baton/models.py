@@ -45,6 +45,14 @@ def _fast_bfloat16() -> bool:
     return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
 
 
+def quieten() -> None:
+    """Keep transformers from telling a command's reader how it loads weights."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, padding on the right."""
     from transformers import AutoTokenizer
@@ -52,6 +60,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # never asks, never runs its files
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def check_answers(version: Version) -> None:
+    """Raises UserError where a version does not answer prompts: it writes no text, or has no chat template."""
+    if version.kind not in ("base", "merged", "adapter"):
+        raise UserError(
+            f"{version.ref} is a {version.kind} model, which does not write text; give a base or an adapter"
+        )
+    if version.manifest["chat_template_digest"] is None:
+        raise UserError(
+            f"{version.ref} has no chat template: it continues text and has not learned to answer. Give a version of "
+            "the sft or ppo stage"
+        )
 
 
 def load_policy(registry: Registry, version: Version, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
@@ -90,6 +111,17 @@ def load_scorer(registry: Registry, version: Version, dtype: str = "auto") -> tu
     model.config.pad_token_id = tokenizer.pad_token_id
     if version.base is not None:
         model = PeftModel.from_pretrained(model, folder)
+    return model.eval(), tokenizer
+
+
+def load_ensemble(registry: Registry, version: Version, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
+    """`load_scorer`, with an ensemble's further members as adapters `member_1`, `member_2`, … of the one model."""
+    from baton.adapters import member_folders
+
+    model, tokenizer = load_scorer(registry, version, dtype)
+    if version.base is not None:
+        for at, folder in enumerate(member_folders(registry.materialise(version))[1:], start=1):
+            model.load_adapter(folder, adapter_name=f"member_{at}")
     return model.eval(), tokenizer
 
 

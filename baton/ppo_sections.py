@@ -10,27 +10,38 @@ from baton.strict import Fraction, NonNegative, NonNegativeFloat, Positive, Posi
 
 
 class RewardSource(Strict):
-    """One reward: exactly one of `model`, `classifier`, `function` and `url` says where it comes from.
+    """One reward: exactly one of `model`, `models`, `classifier`, `function` and `url` says where it comes from.
 
-    `model` is a reward model of the registry; `classifier` a Hugging Face sequence classifier with one label (a local
-    folder, or a hub id with @revision); `function` a Python callable `pkg.module:function`; `url` an HTTP endpoint.
-    Rewards are added up, each times its `weight`, and logged by themselves under `name`.
+    `model` is a reward model of the registry, one or an ensemble; `models` several versions that are an ensemble
+    together; `classifier` a Hugging Face sequence classifier with one label (a local folder, or a hub id with
+    @revision); `function` a Python callable `pkg.module:function`; `url` an HTTP endpoint.
+
+    On the way to PPO a score is, in this order: freed of length (`length_penalty`), measured against the reply of SFT's
+    model to the same prompt (`shape`), brought to the scale that the reward's training recorded (`normalise`), all of
+    it for each member of an ensemble; then combined over members as mean − `deviation_penalty` × deviation; then
+    multiplied by `weight`. Rewards are added up, and logged by themselves under `name`.
     """
 
     model: str | None = None
+    models: Annotated[list[str], Field(min_length=2)] | None = None
     classifier: str | None = None
     function: str | None = None
     url: str | None = None
     name: str | None = None
     weight: float = 1.0
+    deviation_penalty: NonNegativeFloat | None = None
+    length_penalty: NonNegativeFloat | Literal["fitted"] | None = None
+    shape: Literal["reference"] | None = None
+    normalise: Literal["sft"] | None = None
     arguments: dict[str, Any] = {}
     batch_size: Positive | None = None
     timeout_s: PositiveFloat | None = None
     retries: NonNegative | None = None
+    token_env: str | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        origins = {key: getattr(self, key) for key in ("model", "classifier", "function", "url")}
+        origins = {key: getattr(self, key) for key in ("model", "models", "classifier", "function", "url")}
         given = [key for key, origin in origins.items() if origin is not None]
         if len(given) != 1:
             raise ValueError(f"a reward needs exactly one of {', '.join(origins)}; found {', '.join(given) or 'none'}")
@@ -38,15 +49,40 @@ class RewardSource(Strict):
             raise ValueError("arguments are for a function; a model, a classifier and a url take none")
         if self.url is None and (self.timeout_s is not None or self.retries is not None):
             raise ValueError("timeout_s and retries are for a url; nothing else would read them")
+        if self.token_env is not None and (self.url is None or not self.token_env.isidentifier()):
+            raise ValueError("token_env names the environment variable that holds the token of a url's server")
         if self.batch_size is not None and self.url is None and self.function is None:
             raise ValueError("batch_size is for a url or a function; train.tokens_per_micro_batch batches models")
+        if len(set(self.models or [])) < len(self.models or []):
+            raise ValueError("models names a version twice: it would agree with itself")
         return self
+
+    @model_validator(mode="after")
+    def _shaping(self) -> Self:
+        if not self.references:
+            if self.deviation_penalty is not None:
+                raise ValueError("deviation_penalty is for an ensemble: a model with members, or several models")
+            if self.normalise is not None:
+                raise ValueError("normalise: sft reads what a reward's training recorded: it needs model or models")
+            if self.length_penalty == "fitted":
+                raise ValueError("length_penalty: fitted reads a reward model's records; here give a number per token")
+        is_bonus = bool(self.deviation_penalty) or (self.length_penalty not in (None, "fitted", 0.0))
+        if self.weight < 0 and is_bonus:
+            raise ValueError("a penalty of a reward with a negative weight would be a bonus; leave one of them out")
+        return self
+
+    @property
+    def references(self) -> list[str]:
+        """The registry versions that it scores with; none where it comes from elsewhere."""
+        return [self.model] if self.model is not None else list(self.models or [])
 
     @property
     def label(self) -> str:
         """How the reward is called in metrics: its name, or the last part of where it comes from."""
         if self.name:
             return self.name
+        if self.models:
+            return "ensemble"
         if self.function:
             return self.function.rpartition(":")[2]
         if self.url:

@@ -12,7 +12,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from baton.errors import UserError, nearest
 from baton.ppo_sections import Algorithm, RewardSource, Rollout
-from baton.strict import Fraction, NonNegative, Positive, PositiveFloat, Strict, explain
+from baton.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict, explain
 
 Stage = Literal["world", "pretrain", "sft", "reward", "ppo"]
 R = TypeVar("R", bound="Recipe")
@@ -33,6 +33,7 @@ class Source(Strict):
             "oasst",
             "hh",
             "preference",
+            "arena",
             "prompts",
         ]
         | None
@@ -91,12 +92,48 @@ class TokenTrain(Train):
 
 
 class PairTrain(Train):
-    """Training on preference pairs; pairs with a side longer than `max_length` tokens are dropped and counted."""
+    """Training on preference pairs; pairs with a side longer than `max_length` tokens are dropped and counted.
+
+    A micro-batch holds pairs of like length, at most `tokens_per_micro_batch` tokens, padding included; with
+    `share_prompt` a pair's prompt is computed once, where the base allows it. Every `eval_every` steps the held-out
+    loss is measured and the best weights are kept; after `patience` measurements without a better one training ends.
+    """
 
     log_every: Positive = 10
     pairs_per_batch: Positive
-    pairs_per_micro_batch: Positive | None = None
+    tokens_per_micro_batch: Positive = 2048
+    share_prompt: bool = True
     max_length: Positive
+    eval_every: Positive | None = None
+    patience: Positive | None = None
+
+    @model_validator(mode="after")
+    def _evaluations(self) -> Self:
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("patience counts evaluations: it needs eval_every")
+        if self.eval_every is not None and self.eval_every > self.steps:
+            raise ValueError("eval_every exceeds steps: nothing would be measured on the way")
+        return self
+
+
+class PairLoss(Strict):
+    """What is added to the Bradley-Terry loss of a pair (reward/losses.py)."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    margin_weight: NonNegativeFloat = 0.0
+    centring: NonNegativeFloat = 0.0
+
+
+class RewardMeasures(Strict):
+    """How much is measured of a trained reward model: each measure is a pass over texts that training did not see.
+
+    `sft_samples` replies of the SFT model, of at most `max_new_tokens`, give the score's mean and deviation;
+    `perturbed` held-out pairs, evenly taken, are scored again with every perturbation of either side.
+    """
+
+    sft_samples: NonNegative = 64
+    max_new_tokens: Positive = 64
+    perturbed: NonNegative = 64
 
 
 class EpisodeTrain(Train):
@@ -128,10 +165,24 @@ class PromptData(TextData):
 
 
 class PairData(Strict):
-    """Training and held-out preference pairs."""
+    """Training and held-out preference pairs.
+
+    `repeated`: of a pair judged more than once the majority's one row (`vote`), every row (`keep`), or one row unless
+    the judgements differ (`drop`). `leakage`: held-out prompts that are trained on too are an error (`refuse`), or
+    left out of training (`drop`). `every_turn`: replies of several turns are compared after each of their turns.
+    """
 
     train: Annotated[list[Source], Field(min_length=1)]
     eval: list[Source] = []
+    repeated: Literal["vote", "keep", "drop"] = "vote"
+    leakage: Literal["refuse", "drop"] = "refuse"
+    every_turn: bool = False
+
+    @model_validator(mode="after")
+    def _has_held_out(self) -> Self:
+        if self.leakage == "drop" and not self.eval:
+            raise ValueError("leakage: drop needs data.eval: without held-out prompts it would be ignored")
+        return self
 
 
 class Lora(Strict):
@@ -287,12 +338,28 @@ class SFTRecipe(TrainedRecipe):
 
 
 class RewardRecipe(TrainedRecipe):
-    """The reward model: SFT's adapter goes on as the reward's adapter, with a score head, on preference pairs."""
+    """The reward model: SFT's adapter goes on as the reward's adapter, with a score head, on preference pairs.
+
+    `trained: adapter` trains adapter and head, `full` every weight (with SFT's adapter merged in), `head` only the
+    head. `ensemble` members differ by the order of their data and by their first head.
+    """
 
     stage: Literal["reward"]
     sft: str
+    trained: Literal["adapter", "full", "head"] = "adapter"
+    ensemble: Positive = 1
     data: PairData
+    loss: PairLoss = PairLoss()
     train: PairTrain
+    measure: RewardMeasures = RewardMeasures()
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        if self.trained == "full" and self.ensemble > 1:
+            raise ValueError("an ensemble is adapters or heads on one base: trained: full has ensemble: 1")
+        if self.train.eval_every and not self.data.eval:
+            raise ValueError("train.eval_every needs data.eval: held-out pairs to measure on")
+        return self
 
 
 class PPORecipe(TrainedRecipe):

@@ -1,4 +1,4 @@
-"""What `baton chat`, `generate` and `score` do and print, for a version of the registry."""
+"""What `baton chat`, `generate` and `score` do and print, for versions of the registry."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ class Sampling:
     seed: int
 
 
-def chat(
-    location: str, ref: str, sampling: Sampling, system: str | None, once: str | None, as_json: bool
-) -> None:
+def chat(location: str, ref: str, sampling: Sampling, system: str | None, once: str | None, as_json: bool) -> None:
     """Talk to a version: one reply to `once`, or a conversation until the end of input. Replies are streamed."""
     if as_json and once is None:
         raise UserError("--json prints one reply as data; give its prompt by --once TEXT")
@@ -143,6 +141,69 @@ def continue_text(location: str, ref: str, text: str, sampling: Sampling, candid
         print()
 
 
+def best_of(location: str, ref: str, reward_ref: str, text: str, sampling: Sampling, count: int, as_json: bool) -> None:
+    """Sample `count` replies to `text` at once and print them with a reward model's scores, the best first."""
+    registry, version = _resolve(location, ref)
+    scorer = registry.resolve(reward_ref)
+    _check_best_of(version, scorer, sampling, count)
+    model, tokenizer = _load(registry, version, scorer=False)
+    from baton.chat import encode_prompt
+    from baton.generate import context_length, reward
+    from baton.sampling import answers, best_of_kl, reply_text
+
+    prompt = [{"role": "user", "content": text}]
+    room = context_length(model) - len(encode_prompt(tokenizer, prompt))
+    if room <= 0:
+        raise UserError(
+            f"the text leaves no room in the {context_length(model)} tokens that the model reads; shorten it"
+        )
+    replies = answers(
+        model,
+        tokenizer,
+        [prompt] * count,
+        range(count),
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        max_new_tokens=min(sampling.max_new_tokens, room),
+    )
+    texts = [reply_text(tokenizer, reply) for reply in replies]
+    del model  # two models at once may be more than a GPU holds
+    judge, their_tokenizer = _load(registry, scorer, scorer=True)
+    # one that was sampled twice is scored once: ties must be ties
+    scores = {
+        said: reward(judge, their_tokenizer, [*prompt, {"role": "assistant", "content": said}])
+        for said in dict.fromkeys(texts)
+    }
+    rows: list[dict[str, Any]] = [
+        {"text": said, "reward": scores[said], "ended": reply.ended, "draw": draw}
+        for draw, (said, reply) in enumerate(zip(texts, replies, strict=True))
+    ]
+    rows.sort(key=lambda row: (-row["reward"], row["draw"]))
+    facts = {"ref": version.ref, "reward": scorer.ref, "prompt": text, "n": count}
+    facts |= {"temperature": sampling.temperature, "seed": sampling.seed, "kl_nats_at_most": best_of_kl(count)}
+    if as_json:
+        _print_json({**facts, "distinct": len(scores), "replies": rows})
+        return
+    _print(replies_table(rows))
+    print(
+        f"best of {count} ({len(scores)} different) by {scorer.ref}: at most {best_of_kl(count):.2f} nats of KL from "
+        f"{version.ref}"
+    )
+
+
+def _check_best_of(version: Version, scorer: Version, sampling: Sampling, count: int) -> None:
+    """Raises UserError before anything is loaded."""
+    from baton.models import check_answers
+
+    check_answers(version)
+    if scorer.kind != "reward":
+        raise UserError(f"--reward {scorer.ref} is a {scorer.kind} model; expected a version of the reward stage")
+    if count < 2:
+        raise UserError(f"--best-of {count}: there is a best one only of 2 and more")
+    if not sampling.temperature:
+        raise UserError("--best-of at --temperature 0 would say the same every time; give a temperature above 0")
+
+
 def score(location: str, ref: str, text: str, prompt: str | None, as_json: bool) -> None:
     """Print how natural a text is to a language model, or, for a reward model, the reward of `text` after `prompt`."""
     registry, version = _resolve(location, ref)
@@ -200,6 +261,17 @@ def candidates_table(tokenizer: PreTrainedTokenizerBase, steps: list[Step]) -> T
     return table
 
 
+def replies_table(rows: list[dict[str, Any]]) -> Table:
+    """A row a reply with its reward; an ellipsis in brackets says that it was cut off."""
+    table = Table(show_lines=True)
+    table.add_column("reward", justify="right")
+    table.add_column("reply", overflow="fold")
+    for place, row in enumerate(rows):
+        said = row["text"] if row["ended"] else f"{row['text']} […]"
+        table.add_row(f"{row['reward']:.4f}", Text(said), style="" if place else "bold")
+    return table
+
+
 def surprisals_table(tokenizer: PreTrainedTokenizerBase, scored: list[Surprisal]) -> Table:
     """A row a token: its text and its surprisal in bits, coloured from expected to astonishing."""
     table = Table()
@@ -240,13 +312,11 @@ def _resolve(location: str, ref: str) -> tuple[Registry, Version]:
 def _load(registry: Registry, version: Version, scorer: bool) -> tuple[Any, PreTrainedTokenizerBase]:
     """(model, tokenizer), on the GPU where there is one."""
     import torch
-    from transformers.utils import logging
 
-    from baton.models import load_policy, load_scorer
+    from baton.models import load_ensemble, load_policy, quieten
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model, tokenizer = (load_scorer if scorer else load_policy)(registry, version)
+    quieten()
+    model, tokenizer = (load_ensemble if scorer else load_policy)(registry, version)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

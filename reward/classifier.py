@@ -34,6 +34,8 @@ class ClassifierSource:
     ) -> None:
         """name: of the model, for messages; loaded: model and tokenizer; max_tokens: of a batch, padding included.
 
+        Each adapter of a PEFT model with several is a member of an ensemble.
+
         Raises UserError where the text or the padding cannot be made right.
         """
         model, tokenizer = loaded
@@ -44,23 +46,36 @@ class ClassifierSource:
             )
         self.label, self.weight = setting.label, setting.weight
         self._name, self._tokenizer, self._max_tokens = name, tokenizer, max_tokens
+        self._adapters = list(getattr(model, "peft_config", {}))
         self._pads_as_configured = model.config.get_text_config().pad_token_id is not None
         self._pad_id = settle_padding(name, model, tokenizer)
         self._model = model.to(device).eval().requires_grad_(False)
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Rewards in the samples' order."""
+        """Rewards in the samples' order; an ensemble's mean."""
+        return self.member_scores([self.encode(sample) for sample in samples]).mean(0).tolist()
+
+    def score_members(self, samples: Sequence[Sample]) -> list[list[float]]:
+        """Rewards in the samples' order by each member; one list where the model is no ensemble."""
+        return self.member_scores([self.encode(sample) for sample in samples]).tolist()
+
+    def member_scores(self, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Scores (K, N) of what `encode` gives, by each of K members, one after the other."""
         import torch
 
         from reward.scoring import score
 
-        sequences = [self._encode(sample) for sample in samples]
         parameter = next(self._model.parameters())
+        found = []
         # as in the reward model's training: an adapter's float32 weights on a bfloat16 base
         with torch.autocast(parameter.device.type, torch.bfloat16, enabled=parameter.dtype is torch.bfloat16):
-            return score(self._model, sequences, self._pad_id, self._max_tokens).tolist()
+            for adapter in self._adapters if len(self._adapters) > 1 else [None]:
+                if adapter is not None:
+                    self._model.set_adapter(adapter)
+                found.append(score(self._model, sequences, self._pad_id, self._max_tokens))
+        return torch.stack(found)
 
-    def _encode(self, sample: Sample) -> list[int]:
+    def encode(self, sample: Sample) -> list[int]:
         """The ids up to the tokenizer's own stop token."""
         from baton.chat import encode_scored
 
@@ -103,10 +118,15 @@ def settle_padding(name: str, model: Any, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def load_registered(registry: Registry, version: Version, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of a reward version of the registry."""
+    """(model, tokenizer) of a reward version of the registry; an ensemble's members are adapters of the one model."""
+    from baton.adapters import member_folders
     from baton.models import load_scorer
 
-    return load_scorer(registry, version, str(dtype).removeprefix("torch."))
+    model, tokenizer = load_scorer(registry, version, str(dtype).removeprefix("torch."))
+    if version.base is not None:
+        for at, folder in enumerate(member_folders(registry.materialise(version))[1:], start=1):
+            model.load_adapter(folder, adapter_name=f"member_{at}")
+    return model, tokenizer
 
 
 def load_classifier(setting: str, folder: Path, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:

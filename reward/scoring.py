@@ -1,11 +1,14 @@
-"""The reward of token ids: a sequence classifier's score at the last token, and its accuracy on preference pairs."""
+"""The reward of token ids: a sequence classifier's score at the last token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+Scorer = Callable[[Sequence[Sequence[int]]], torch.Tensor]
+"""Token ids of N sequences -> scores (K, N) of the K members of a reward model, in float32."""
 
 
 @torch.no_grad()
@@ -27,21 +30,3 @@ def score(model: Any, sequences: Sequence[Sequence[int]], pad_id: int, max_token
         logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
         scores[torch.tensor(group)] = logits[:, 0].float().cpu()
     return scores
-
-
-def pair_metrics(
-    model: Any, chosen: Sequence[Sequence[int]], rejected: Sequence[Sequence[int]], pad_id: int
-) -> dict[str, float]:
-    """Held-out accuracy, Bradley-Terry loss in nats, mean margin, and what always choosing the longer reply would get.
-
-    Equal scores, and equal lengths, count as half right.
-    """
-    scores = score(model, [*chosen, *rejected], pad_id)
-    margin = scores[: len(chosen)] - scores[len(chosen) :]
-    longer = torch.tensor([len(a) - len(b) for a, b in zip(chosen, rejected, strict=True)])
-    return {
-        "eval/loss": float(-torch.nn.functional.logsigmoid(margin).mean()),
-        "eval/accuracy": float(((margin > 0).float() + 0.5 * (margin == 0).float()).mean()),
-        "eval/accuracy_longer": float(((longer > 0).float() + 0.5 * (longer == 0).float()).mean()),
-        "eval/margin": float(margin.mean()),
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,7 +14,7 @@ from reward.sample import RewardError, Sample, failure, shown
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RewardError", "Sample", "Source", "checked", "open_source"]
+__all__ = ["RewardError", "Sample", "Source", "checked", "checked_members", "open_sources"]
 
 
 class Source(Protocol):
@@ -28,39 +28,41 @@ class Source(Protocol):
         ...
 
 
-def open_source(
+def open_sources(
     setting: RewardSource,
     *,
     registry: Registry,
-    version: Version | None,
+    versions: Sequence[Version],
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int,
-) -> Source:
-    """Open a recipe's reward: import its function, load its model; everything that can fail early fails here.
+) -> list[Source]:
+    """Open a recipe's reward: import its function, load its models; everything that can fail early fails here.
 
-    version: the resolved registry version of a `model:` reward that does not share the policy's base (one that does
-    is scored on the policy's own base, by the roles). folder: the recipe's, where a relative `classifier:` starts.
-    device, dtype, max_tokens: of a model's forward passes. Raises UserError.
+    A source for each of `models:`, one for any other reward. versions: the resolved registry versions of a `model:` or
+    `models:` reward that does not share the policy's base (one that does is scored on the policy's own base, by the
+    roles). folder: the recipe's, where a relative `classifier:` starts. device, dtype, max_tokens: of a model's forward
+    passes. Raises UserError.
     """
     if setting.function is not None:
         from reward.callables import FunctionSource
 
-        return FunctionSource(setting)
+        return [FunctionSource(setting)]
     if setting.url is not None:
         from reward.endpoint import EndpointSource
 
-        return EndpointSource(setting)
+        return [EndpointSource(setting)]
     from reward.classifier import ClassifierSource, load_classifier, load_registered
 
-    if setting.model is not None:
-        assert version is not None, "a model: reward comes with its resolved version"
-        name, loaded = version.ref, load_registered(registry, version, dtype)
-    else:
-        assert setting.classifier is not None
-        name, loaded = setting.classifier, load_classifier(setting.classifier, folder, dtype)
-    return ClassifierSource(setting, name, loaded, device, max_tokens)
+    if setting.classifier is not None:
+        loaded = load_classifier(setting.classifier, folder, dtype)
+        return [ClassifierSource(setting, setting.classifier, loaded, device, max_tokens)]
+    assert len(versions) == len(setting.references), "a model: reward comes with its resolved versions"
+    return [
+        ClassifierSource(setting, version.ref, load_registered(registry, version, dtype), device, max_tokens)
+        for version in versions
+    ]
 
 
 def checked(source: Source, samples: Sequence[Sample]) -> list[float]:
@@ -69,18 +71,32 @@ def checked(source: Source, samples: Sequence[Sample]) -> list[float]:
     Raises RewardError that names the source and the row where the source raises, returns another number of rewards,
     or a reward that is not finite.
     """
+    return _checked(source.label, samples, lambda: [source.score(samples)])[0]
+
+
+def checked_members(source: Source, samples: Sequence[Sample]) -> list[list[float]]:
+    """`checked` rewards by each member of an ensemble: one list where the source is none."""
+    from reward.classifier import ClassifierSource
+
+    if not isinstance(source, ClassifierSource):
+        return [checked(source, samples)]
+    return _checked(source.label, samples, lambda: source.score_members(samples))
+
+
+def _checked(label: str, samples: Sequence[Sample], score: Callable[[], Sequence[list[float]]]) -> list[list[float]]:
     if not samples:
-        return []
+        return [[]]
     try:
-        rewards = source.score(samples)
+        members = list(score())
     except RewardError:
         raise
     except Exception as error:  # a source may be anything, and its failure must name the row
-        raise failure(source.label, f"it raised {type(error).__name__}: {error}", samples) from error
-    if len(rewards) != len(samples):
-        counts = f"{len(rewards)} rewards for {len(samples)} rows"
-        raise failure(source.label, f"it gave {counts}: {shown(rewards)}", samples)
-    for reward, sample in zip(rewards, samples, strict=True):
-        if not math.isfinite(reward):
-            raise failure(source.label, f"it gave {reward}, which is not a finite number", [sample])
-    return rewards
+        raise failure(label, f"it raised {type(error).__name__}: {error}", samples) from error
+    for rewards in members:
+        if len(rewards) != len(samples):
+            counts = f"{len(rewards)} rewards for {len(samples)} rows"
+            raise failure(label, f"it gave {counts}: {shown(rewards)}", samples)
+        for reward, sample in zip(rewards, samples, strict=True):
+            if not math.isfinite(reward):
+                raise failure(label, f"it gave {reward}, which is not a finite number", [sample])
+    return members

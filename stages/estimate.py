@@ -241,7 +241,7 @@ def estimate_memory(
     are read at a time in the rollout. `on_cpu`: whose allocator leaves its gaps. `shards`: processes that share weights
     and moments (FSDP, ZeRO-3).
     """
-    from stages.attention import SHORT
+    from baton.attention import SHORT
 
     width = HALF if half else FLOAT
     trained = sum(part.trained for part in weights)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,13 @@ class Judged:
 
     prompt: str
     reply: str
-    rewards: dict[str, float]  # label -> the component's own score, no penalty and no weight
-    reward: float  # their weighted sum
+    rewards: dict[str, float]  # label -> the component's own score, no penalty, no shaping and no weight
+    reward: float  # the weighted sum of what shaping makes of them: what PPO optimises
     gold: float | None  # by a reward that is never optimised
     kl_nats: float  # log pi - log pi_ref, summed over the reply
     length: int  # tokens of the reply, the stop token included
     ended: bool
+    details: dict[str, float] = field(default_factory=dict)  # LABEL/shaped, LABEL/deviation, LABEL/member_0 …
 
 
 def judge(
@@ -42,15 +43,21 @@ def judge(
     lengths: Sequence[int],
     ended: Sequence[bool],
     gold: Sequence[float] | None = None,
+    shaped: Mapping[str, Sequence[float]] | None = None,
+    details: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Judged]:
     """Rows from columns, one value a prompt each; rewards and weights by component label.
 
+    `shaped` is what the weights apply to, the rewards themselves unless given; `details` are reported as they are.
+
     Raises FloatingPointError, with the row, where a reward is not finite: it would hide in a mean.
     """
-    assert rewards.keys() == weights.keys(), "every component has a weight"
+    shaped, details = rewards if shaped is None else shaped, details or {}
+    assert rewards.keys() == weights.keys() == shaped.keys(), "every component has a weight"
     rows = []
     columns = zip(prompts, replies, kl_nats, lengths, ended, strict=True)
-    assert all(len(column) == len(prompts) for column in (*rewards.values(), *([gold] if gold is not None else [])))
+    given = (*rewards.values(), *shaped.values(), *details.values(), *([gold] if gold is not None else []))
+    assert all(len(column) == len(prompts) for column in given)
     for at, (prompt, reply, kl, length, done) in enumerate(columns):
         scores = {label: float(column[at]) for label, column in rewards.items()}
         golden = None if gold is None else float(gold[at])
@@ -59,20 +66,24 @@ def judge(
                 raise FloatingPointError(
                     f"the reward {label} of a held-out reply is {score}; prompt {prompt!r}, reply {reply!r}"
                 )
-        total = sum(weights[label] * score for label, score in scores.items())
-        rows.append(Judged(prompt, reply, scores, total, golden, float(kl), int(length), bool(done)))
+        total = sum(weights[label] * float(column[at]) for label, column in shaped.items())
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the shaped reward of a held-out reply is {total}; prompt {prompt!r}")
+        more = {name: float(column[at]) for name, column in details.items()}
+        rows.append(Judged(prompt, reply, scores, total, golden, float(kl), int(length), bool(done), more))
     return rows
 
 
 def summarise(rows: Sequence[Judged]) -> dict[str, float]:
-    """Means over the prompts; every component by itself where there are several.
+    """Means over the prompts; every component by itself where there are several, or it is an ensemble or shaped.
 
     `eval/gold_se` is the standard error of the gold mean over prompts: alarms compare falls with it.
     """
     assert rows, "nothing was judged"
     found = {"eval/reward": _mean([row.reward for row in rows])}
-    if len(rows[0].rewards) > 1:
+    if len(rows[0].rewards) > 1 or rows[0].details:
         found |= {f"eval/reward/{label}": _mean([row.rewards[label] for row in rows]) for label in rows[0].rewards}
+        found |= {f"eval/reward/{name}": _mean([row.details[name] for row in rows]) for name in rows[0].details}
     gold = [row.gold for row in rows if row.gold is not None]
     if gold:
         assert len(gold) == len(rows), "all rows have a gold reward or none has"
@@ -167,6 +178,8 @@ def write_samples(path: Path, step: int, before: Sequence[Judged], after: Sequen
         row: dict[str, Any] = {"step": step, "prompt": new.prompt, "before": old.reply, "after": new.reply}
         row |= {"reward_before": old.reward, "reward": new.reward}
         row |= {"rewards_before": old.rewards, "rewards": new.rewards}
+        if new.details:
+            row |= {"details_before": old.details, "details": new.details}
         if new.gold is not None:
             row |= {"gold_before": old.gold, "gold": new.gold}
         row |= {"kl_nats": new.kl_nats, "length_before": old.length, "length": new.length}

@@ -76,16 +76,19 @@ class HeldOut:
         labels = [*self.scorer.weights, *gold]
         texts = self.scorer.judge(episodes, rows, labels)
         kl = torch.zeros(len(episodes))
-        scores = {label: torch.zeros(len(episodes)) for label in labels}
+        raw, shaped = ({label: torch.zeros(len(episodes)) for label in labels} for _ in range(2))
+        details = {name: torch.zeros(len(episodes)) for name in self.scorer.details}
         with torch.no_grad(), self.spread.computing():
             for batch in self.scorer.groups(episodes):
                 ours = self.roles.logprobs(role, batch).logprobs
                 theirs = ours if role == REFERENCE else self.roles.logprobs(REFERENCE, batch).logprobs
-                rewards = self.scorer.rewards_of(batch, texts, labels)
+                rewards = self.scorer.rewards_of(batch, rows, texts, labels)
                 if batch.members:
                     kl[batch.members] = (ours - theirs).sum(-1).float().cpu()
-                    for label in labels:
-                        scores[label][batch.members] = rewards[label].float().cpu()
+                    pairs = ((raw, rewards.raw), (shaped, rewards.shaped), (details, rewards.details))
+                    for columns, found in pairs:
+                        for name in columns:
+                            columns[name][batch.members] = found[name].float().cpu()
 
         def text(ids: list[int]) -> str:
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -94,12 +97,14 @@ class HeldOut:
             return judge(
                 [text(episode.prompt) for episode in episodes],
                 [text(episode.reply.ids) for episode in episodes],
-                {label: scores[label].tolist() for label in self.scorer.weights},
+                {label: raw[label].tolist() for label in self.scorer.weights},
                 self.scorer.weights,
                 kl.tolist(),
                 [len(episode.reply.ids) for episode in episodes],
                 [episode.reply.ended for episode in episodes],
-                scores[GOLD].tolist() if gold else None,
+                shaped[GOLD].tolist() if gold else None,
+                shaped={label: shaped[label].tolist() for label in self.scorer.weights},
+                details={name: column.tolist() for name, column in details.items()},
             )
 
         return list(self.spread.together(judged))

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from baton.sampling import LEAST_EXPONENT
+
 TILES = {"cpu": (512, 2048), "cuda": (2048, 1 << 15)}
 """Positions and vocabulary of one tile. On a CPU a tile should stay in its cache: 4 MiB in float32 here;
 with whole rows the same work took six times as long."""
-
-LEAST_EXPONENT = -80.0
-"""Smaller probabilities count as e^-80: exp() of what underflows float32 takes sixty times as long on a CPU."""
 
 
 class TokenLogprobs(NamedTuple):

@@ -181,20 +181,22 @@ def summarise(minibatches: Sequence[Sequence[Scored]], scorer: Scorer, spread: S
 
     # prefixed: a reward may be called length
     labels = {f"reward/{label}": label for label in scorer.weights}
-    names = ["reward", "score", "kl_nats", "length", "eos_rate", "entropy", "gap", "count", *labels]
+    details = {f"reward/{name}": name for name in scorer.details}
+    names = ["reward", "score", "kl_nats", "length", "eos_rate", "entropy", "gap", "count", *labels, *details]
     sums = torch.zeros(len(names), dtype=torch.float64, device=spread.device)
     for scored in (scored for minibatch in minibatches for scored in minibatch if scored.batch.members):
         batch = scored.batch
         parts = [scored.total, scored.scores, scored.kl, batch.is_response, batch.ended]
         parts += [scored.entropies, scored.gap, torch.ones_like(scored.total)]
         parts += [scored.rewards[label] for label in labels.values()]
+        parts += [scored.details[name] for name in details.values()]
         sums += torch.stack([part.double().sum() for part in parts])
     found = dict(zip(names, spread.sum(sums).tolist(), strict=True))
     count, tokens = found["count"], found["length"]
     figures = {name: found[name] / count for name in ("reward", "score", "kl_nats", "length", "eos_rate")}
     figures |= {"entropy_nats": found["entropy"] / tokens, "engine_gap_nats": found["gap"] / tokens}
-    if len(labels) > 1:
-        figures |= {name: found[name] / count for name in labels}
+    if len(labels) > 1 or details:
+        figures |= {name: found[name] / count for name in (*labels, *details)}
     return figures
 
 

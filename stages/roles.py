@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from baton.adapter_roles import attach, attach_new, save_adapter
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
+from baton.attention import choose_attention
 from baton.errors import UserError
+from baton.lora import Acting, Addition, SharedLinear, families, join_families
 from baton.recipe import Lora
-from stages.adapters import attach, attach_new, save_adapter
-from stages.attention import choose_attention
 from stages.logprobs import TokenLogprobs, token_logprobs
-from stages.lora import Acting, Addition, SharedLinear, families, join_families
 from stages.micro_batch import MicroBatch
 
 POLICY, REFERENCE, VALUE = "policy", "reference", "value"
@@ -42,7 +42,7 @@ class Cast:
 
     base: Path  # complete model: the base under SFT's adapter, or SFT's merged model
     sft: Path | None  # SFT's adapter; None where `base` is SFT's model itself
-    rewards: dict[str, Path] = field(default_factory=dict)  # label -> reward adapter on this base
+    rewards: dict[str, Sequence[Path]] = field(default_factory=dict)  # label -> its members' adapters on this base
     lora: Lora | None = None  # of a new policy adapter, where SFT has none
     policy: Literal["adapter", "full"] = "adapter"
     critic: Critic = "adapter"
@@ -81,11 +81,15 @@ class Roles(nn.Module):
             self._configs[POLICY] = attach_new(self.shared, POLICY, cast.lora, self._acting, seed)
 
         self.reward_heads = nn.ModuleDict()
-        self._reward_roles = {label: f"reward_{at}" for at, label in enumerate(cast.rewards)}
-        for label, role in self._reward_roles.items():
-            head = self._attach(role, cast.rewards[label])
-            assert head is not None, "a published reward model has its head"
-            self.reward_heads[role] = _head(head, hidden)
+        self._reward_roles: dict[str, list[str]] = {}
+        for label, members in cast.rewards.items():
+            self._reward_roles[label] = []
+            for folder in members:
+                role = f"reward_{len(self.reward_heads)}"
+                head = self._attach(role, folder)
+                assert head is not None, "a published reward model has its head"
+                self.reward_heads[role] = _head(head, hidden)
+                self._reward_roles[label].append(role)
         self._make_critic(hidden)
 
         for name, parameter in self.named_parameters():
@@ -211,12 +215,14 @@ class Roles(nn.Module):
 
     @torch.no_grad()
     def scores(self, label: str, batch: MicroBatch) -> torch.Tensor:
-        """A reward model's scores (B,) at each row's last token: the end-of-turn token where the reply has one."""
-        role = self._reward_roles[label]
-        with self.acting_as(role) as model:
-            hidden = self._hidden(model, batch)
-        rows = torch.arange(len(batch.last), device=hidden.device)
-        return self.reward_heads[role](_wide(hidden[rows, batch.last])).squeeze(-1)
+        """A reward's scores (K, B), by member, at each row's last token: the end of turn where the reply has one."""
+        found = []
+        for role in self._reward_roles[label]:
+            with self.acting_as(role) as model:
+                hidden = self._hidden(model, batch)
+            rows = torch.arange(len(batch.last), device=hidden.device)
+            found.append(self.reward_heads[role](_wide(hidden[rows, batch.last])).squeeze(-1))
+        return torch.stack(found)
 
     @property
     def arithmetic(self) -> torch.dtype:

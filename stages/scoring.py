@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from baton.build import reward_role, shares_base
+from baton.build import reward_roles, shares_base
 from baton.errors import UserError
+from baton.ppo_sections import RewardSource
 from baton.recipe import PPORecipe
+from baton.registry import Version
 from baton.registry.compatibility import differences
 from baton.run import Run
-from reward.sources import Sample, Source, checked, open_source
+from reward.combine import Shaping, deviation
+from reward.sources import Sample, Source, checked_members, open_sources
 from stages.engines.agreement import check_engine, importance_weights
 from stages.micro_batch import MicroBatch, group_by_length, make_micro_batch
+from stages.references import References
 from stages.roles import REFERENCE, Roles
 from stages.rollout import Episode
+from stages.shaping import shaping_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +44,9 @@ class Scored:
     entropies: torch.Tensor
     reference: torch.Tensor  # log-probabilities under the reference
     old_values: torch.Tensor  # (B, S)
-    rewards: dict[str, torch.Tensor]  # (B,) by component, before weights
-    total: torch.Tensor  # (B,), their weighted sum
+    rewards: dict[str, torch.Tensor]  # (B,) by component: its own score, an ensemble's mean
+    details: dict[str, torch.Tensor]  # (B,): what else is said of components, see `Scorer.details`
+    total: torch.Tensor  # (B,): the weighted sum of what shaping makes of them
     engine: torch.Tensor  # the engine's log-probabilities; the trainer's where the engine gives none
     weights: torch.Tensor | None = None  # importance weights, for an engine with other numerics
     scores: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,): what is optimised
@@ -58,13 +64,45 @@ class Scored:
         return self.old_logprobs - self.reference
 
 
-def reward_versions(run: Run[PPORecipe]) -> dict[str, Any]:
-    """label -> registry version of every `model:` reward, gold included."""
-    recipe = run.recipe
-    found = {s.label: run.inputs.versions[reward_role(recipe, s)] for s in recipe.rewards if s.model}
-    if recipe.gold is not None and recipe.gold.model:
-        found[GOLD] = run.inputs.versions[reward_role(recipe, recipe.gold)]
-    return found
+class Rewards(NamedTuple):
+    """A micro-batch's rewards by component, (B,) each."""
+
+    raw: dict[str, torch.Tensor]  # the component's own score; an ensemble's mean over members
+    shaped: dict[str, torch.Tensor]  # what is optimised of it, before its weight
+    details: dict[str, torch.Tensor]  # LABEL/shaped, LABEL/deviation and LABEL/member_0 …, where there is such a thing
+
+
+def reward_settings(recipe: PPORecipe) -> dict[str, RewardSource]:
+    """label -> setting of every reward, gold included."""
+    found = {source.label: source for source in recipe.rewards}
+    if GOLD in found:
+        raise UserError(f"{recipe.path}: a reward is called {GOLD}, which is kept for the reward that is not optimised")
+    return found | ({GOLD: recipe.gold} if recipe.gold is not None else {})
+
+
+def reward_versions(run: Run[PPORecipe]) -> dict[str, list[Version]]:
+    """label -> registry versions of every `model:` and `models:` reward, gold included."""
+    settings = reward_settings(run.recipe)
+    return {
+        label: [run.inputs.versions[role] for role in reward_roles(run.recipe, setting)]
+        for label, setting in settings.items()
+        if setting.references
+    }
+
+
+def reward_shapings(run: Run[PPORecipe]) -> dict[str, Shaping]:
+    """label -> what its scores go through. Raises UserError where a version lacks what a setting reads."""
+    versions = reward_versions(run)
+    sft = run.inputs.versions["sft"]
+    return {
+        label: shaping_of(label, setting, versions.get(label, []), sft)
+        for label, setting in reward_settings(run.recipe).items()
+    }
+
+
+def on_base(sft: Version, versions: Sequence[Version]) -> bool:
+    """Whether a reward's members all read the policy's ids on the policy's own base: then the roles score it."""
+    return bool(versions) and all(shares_base(sft, version) for version in versions)
 
 
 class Scorer:
@@ -77,34 +115,44 @@ class Scorer:
         self.pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         self.weights = {source.label: source.weight for source in recipe.rewards}
         self.aboard: list[str] = []  # labels that the roles score
-        self.sources: dict[str, Source] = {}  # label -> what scores the others
+        self.sources: dict[str, list[Source]] = {}  # label -> what scores the others
+        self.shapings = reward_shapings(run)
+        self.references = References()
         versions, sft = reward_versions(run), run.inputs.versions["sft"]
-        wanted = {source.label: source for source in recipe.rewards}
-        wanted |= {GOLD: recipe.gold} if recipe.gold is not None else {}
-        if GOLD in self.weights:
-            raise UserError(
-                f"{recipe.path}: a reward is called {GOLD}, which is kept for the reward that is not optimised"
-            )
-        for label, setting in wanted.items():
-            version = versions.get(label)
-            if version is not None and shares_base(sft, version):
+        for label, setting in reward_settings(recipe).items():
+            theirs = versions.get(label, [])
+            if (shaping := self.shapings[label]).deviation_penalty and not (shaping.scales or shaping.by_reference):
+                run.say(
+                    f"reward {label}: each member's scores are known but for a constant, and members that differ by it "
+                    "count as disagreeing; normalise: sft or shape: reference takes it away"
+                )
+            if on_base(sft, theirs):
                 self.aboard.append(label)
                 continue
-            self.sources[label] = open_source(
+            self.sources[label] = open_sources(
                 setting,
                 registry=run.registry,
-                version=version,
+                versions=theirs,
                 folder=recipe.folder,
                 device=self.device,
                 dtype=run.dtype,
                 max_tokens=recipe.train.tokens_per_micro_batch,
             )
-            if version is not None:
+            for version in theirs:
                 run.say(
                     f"{version.ref} has a base or tokenizer of its own: it reads replies as text, by its own template"
                 )
                 for difference in differences(sft, version):
                     run.say(f"  {difference}")
+
+    @property
+    def details(self) -> list[str]:
+        """The figures beside the components' own that the optimised rewards have: the same on every rank."""
+        return [name for label in self.weights for name in detail_names(label, self.shapings[label])]
+
+    def by_reference(self, labels: Sequence[str]) -> list[str]:
+        """Those that are measured against the reference's reply."""
+        return [label for label in labels if self.shapings[label].by_reference]
 
     def groups(self, episodes: Sequence[Episode]) -> list[MicroBatch]:
         """Micro-batches under the token budget, as many on every rank."""
@@ -122,8 +170,8 @@ class Scorer:
 
     def judge(
         self, episodes: Sequence[Episode], rows: Sequence[PromptRow], labels: Sequence[str]
-    ) -> dict[str, list[float]]:
-        """Rewards of the sources that are not aboard, by label; `rows` are the episodes' prompts."""
+    ) -> dict[str, list[list[float]]]:
+        """Scores of the sources that are not aboard, by label and member; `rows` are the episodes' prompts."""
         foreign = [label for label in labels if label in self.sources]
         if not foreign:
             return {}
@@ -137,7 +185,12 @@ class Scorer:
             )
             for episode, row in zip(episodes, rows, strict=True)
         ]
-        return self.spread.together(lambda: {label: checked(self.sources[label], samples) for label in foreign})
+        return self.spread.together(
+            lambda: {
+                label: [member for source in self.sources[label] for member in checked_members(source, samples)]
+                for label in foreign
+            }
+        )
 
     def check_finite(self, batch: MicroBatch, rewards: dict[str, torch.Tensor]) -> None:
         """Raises FloatingPointError with the row of the first reward that is no finite number."""
@@ -148,18 +201,42 @@ class Scorer:
                 raise FloatingPointError(f"the reward {label} of {text!r} is {float(scores[at])}")
 
     @torch.no_grad()
-    def rewards_of(
-        self, batch: MicroBatch, judged: dict[str, list[float]], labels: Sequence[str]
+    def members_of(
+        self, batch: MicroBatch, judged: dict[str, list[list[float]]], labels: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """label -> (B,) of one micro-batch."""
+        """label -> every member's scores (K, B) of one micro-batch, as they are."""
         found = {}
         for label in labels:
             if label in self.aboard:
                 scores = self.roles.scores(label, batch)
-                found[label] = scores if batch.members else scores.new_zeros(len(scores))
+                found[label] = scores if batch.members else torch.zeros_like(scores)
             else:
-                rows = [judged[label][at] for at in batch.members] or [0.0] * len(batch.last)
+                rows = [[member[at] for at in batch.members] or [0.0] * len(batch.last) for member in judged[label]]
                 found[label] = torch.tensor(rows, device=batch.last.device, dtype=torch.float32)
+        return found
+
+    @torch.no_grad()
+    def rewards_of(
+        self,
+        batch: MicroBatch,
+        rows: Sequence[PromptRow],
+        judged: dict[str, list[list[float]]],
+        labels: Sequence[str],
+    ) -> Rewards:
+        """All components of one micro-batch, shaped; `rows` are the prompts of all episodes that were grouped."""
+        found = Rewards({}, {}, {})
+        tokens = batch.is_response.sum(-1)
+        for label, scores in self.members_of(batch, judged, labels).items():
+            shaping = self.shapings[label]
+            reference = None
+            if shaping.by_reference:
+                known = self.references.of(label, [rows[at] for at in batch.members])
+                reference = torch.tensor(known, dtype=scores.dtype, device=scores.device) if known else scores
+            each = shaping.each(scores, tokens, reference)
+            found.raw[label], found.shaped[label] = scores.mean(0), shaping.combine(each)
+            parts = [found.shaped[label]] if shaping.changes else []
+            parts += [deviation(each), *scores] if shaping.members > 1 else []
+            found.details.update(zip(detail_names(label, shaping), parts, strict=True))
         return found
 
     @torch.no_grad()
@@ -171,8 +248,8 @@ class Scorer:
         for batch in self.groups(episodes):
             old = self.roles(batch)
             reference = self.roles.logprobs(REFERENCE, batch).logprobs
-            rewards = self.rewards_of(batch, judged, labels)
-            total = sum((self.weights[label] * rewards[label] for label in labels), torch.zeros(()))
+            rewards = self.rewards_of(batch, rows, judged, labels)
+            total = sum((self.weights[label] * rewards.shaped[label] for label in labels), torch.zeros(()))
             engine = engine_logprobs(episodes, batch, old.logprobs)
             scored = Scored(
                 batch=batch,
@@ -180,7 +257,8 @@ class Scorer:
                 entropies=old.entropies,
                 reference=reference,
                 old_values=old.values,
-                rewards=rewards,
+                rewards=rewards.raw,
+                details=rewards.details,
                 total=total.to(old.logprobs),
                 engine=engine,
             )
@@ -190,7 +268,7 @@ class Scorer:
 
         def check() -> None:
             for scored in found:
-                self.check_finite(scored.batch, scored.rewards)
+                self.check_finite(scored.batch, scored.rewards | scored.details)
 
         self.spread.together(check)  # after the forward passes, which all ranks make together
         return found
@@ -224,3 +302,11 @@ def engine_logprobs(episodes: Sequence[Episode], batch: MicroBatch, trainer: tor
         if given:
             found[at, : len(given)] = torch.tensor(given, dtype=found.dtype, device=found.device)
     return found
+
+
+def detail_names(label: str, shaping: Shaping) -> list[str]:
+    """What `Rewards.details` holds of a component."""
+    names = [f"{label}/shaped"] if shaping.changes else []
+    if shaping.members > 1:
+        names += [f"{label}/deviation", *(f"{label}/member_{at}" for at in range(shaping.members))]
+    return names

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from baton.build import shares_base
+from baton.adapters import member_folders
 from baton.decode import PREFILL_TOKENS
 from baton.errors import UserError
 from baton.models import base_folder, load_tokenizer
@@ -36,8 +37,9 @@ from stages.ppo_checkpoint import (
     whole,
 )
 from stages.prompts import Prompts, check_batch, read_prompts
+from stages.references import prompts_of_run
 from stages.roles import POLICY, REFERENCE, Cast, Roles, check_head
-from stages.scoring import Scorer, reward_versions
+from stages.scoring import GOLD, Scorer, on_base, reward_shapings, reward_versions
 from stages.sharding import Spread, open_spread
 from stages.update import Updater
 
@@ -99,12 +101,16 @@ def check_trackers(wanted: Sequence[str]) -> None:
 
 
 def cast_of(run: Run[PPORecipe]) -> Cast:
-    """Who plays which role; the critic starts from the first reward on the policy's base with a weight above 0."""
+    """Who plays which role; the critic starts from the first reward on the policy's base with a weight above 0.
+
+    Of an ensemble it is the first member. Raises UserError where a reward cannot be shaped as the recipe asks.
+    """
     recipe, sft = run.recipe, run.inputs.versions["sft"]
-    rewards = {
-        label: run.registry.materialise(version)
-        for label, version in reward_versions(run).items()
-        if shares_base(sft, version)
+    shapings = reward_shapings(run)
+    rewards: dict[str, Sequence[Path]] = {
+        label: [folder for version in versions for folder in member_folders(run.registry.materialise(version))]
+        for label, versions in reward_versions(run).items()
+        if on_base(sft, versions)
     }
     # a reward that counts against a reply would start the critic with the wrong sign
     begin = [source for source in recipe.rewards if source.label in rewards and source.weight > 0][:1]
@@ -117,8 +123,9 @@ def cast_of(run: Run[PPORecipe]) -> Cast:
         lora=recipe.lora,
         policy=recipe.policy,
         critic=recipe.ppo.critic,
-        critic_start=rewards[begin[0].label] if begin else None,
-        critic_weight=begin[0].weight if begin else 1.0,
+        critic_start=rewards[begin[0].label][0] if begin else None,
+        # in the units of what it predicts; a constant is soon learnt
+        critic_weight=begin[0].weight / (*shapings[begin[0].label].scales, 1.0)[0] if begin else 1.0,
     )
 
 
@@ -183,8 +190,18 @@ class Session:
         state = State(coefficient, Best(settings.kl_budget_nats))
         session = cls(run, tokenizer, prompts, roles, spread, scorer, engine, updater, held_out, state)
         session.resume()
+        session.prepare_references()
         spread.together(engine.push)
         return session
+
+    def prepare_references(self) -> None:
+        """The replies of SFT's model that rewards are measured against, where no checkpoint held them. A collective."""
+        scorer, prompts = self.scorer, self.prompts
+        optimised = scorer.by_reference(list(scorer.weights))
+        gold = scorer.by_reference([GOLD]) if self.run.recipe.gold is not None else []
+        used = [*prompts_of_run(self.run.recipe, prompts.train), *prompts.eval]
+        scorer.references.prepare(scorer, self.tokenizer, used, optimised, self.run.say)
+        scorer.references.prepare(scorer, self.tokenizer, prompts.eval, gold, self.run.say)
 
     def introduction(self) -> str:
         """The batch arithmetic and an estimate of memory, in words."""
@@ -336,7 +353,8 @@ class Session:
         tensors |= {f"best/{name}": whole(tensor) for name, tensor in state.best_weights.items()}
         tensors |= rng_tensors(self.spread.accelerator)
         if self.run.is_main:
-            save_checkpoint(self.run.checkpoints, state.step, tensors, state.plain(), self.run.recipe.train.keep)
+            plain = state.plain() | {"references": self.scorer.references.scores}
+            save_checkpoint(self.run.checkpoints, state.step, tensors, plain, self.run.recipe.train.keep)
         self.run.state.wait_for_everyone()
 
     def resume(self) -> None:
@@ -358,6 +376,7 @@ class Session:
             state.raw_scale, state.scale = RunningScale(*plain["raw_scale"]), RunningScale(*plain["scale"])
             state.best = Best.from_state(plain["best"], run.recipe.ppo.kl_budget_nats)
             state.alarms = Alarms.from_state(plain["alarms"])
+            self.scorer.references.scores = plain["references"]
             run.say(f"continuing from {last}")
         run.trim_metrics(state.step)
         if run.is_main:

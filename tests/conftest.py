@@ -20,6 +20,13 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole programs first: a worker that got one of them last would keep all others waiting."""
+    items.sort(key=lambda item: item.path.parent != ROOT / "tests")
+
+
 RECIPES = {
     "pretrain": """
 stage: pretrain
@@ -64,8 +71,8 @@ publish: {{name: tiny/reward, alias: candidate}}
 data:
   train: [{{path: world/preferences.jsonl}}]
   eval: [{{path: world/preferences_eval.jsonl}}]
-train: {{steps: 4, pairs_per_batch: 4, pairs_per_micro_batch: 2, max_length: 160, learning_rate: 1.0e-2, seed: 5,
-        log_every: 1, save_every: 2}}
+train: {{steps: 4, pairs_per_batch: 4, tokens_per_micro_batch: 300, max_length: 160, learning_rate: 1.0e-2,
+        seed: 5, log_every: 1, save_every: 2}}
 """,
     "ppo": """
 stage: ppo

@@ -24,7 +24,8 @@ FOLDER = ROOT / "recipes"
 SHIPPED = sorted(FOLDER.glob("*/*.yaml"))
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 REGISTRY = (ROOT / "baton" / "registry" / "README.md").read_text(encoding="utf-8")
-BOTH = (ROOT / "README.md").read_text(encoding="utf-8") + README + REGISTRY
+REWARD = (ROOT / "reward" / "README.md").read_text(encoding="utf-8")
+BOTH = (ROOT / "README.md").read_text(encoding="utf-8") + README + REGISTRY + REWARD
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", BOTH, re.MULTILINE | re.DOTALL)
 SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## )[\s\S])*)", README, re.MULTILINE))
 
@@ -181,7 +182,7 @@ def test_every_other_baton_command_of_the_readmes_is_read() -> None:
     others = [words[1:] for words in commands() if words[:1] == ["baton"] and words[1] != "run"]
     for name, *rest in others:
         with group.commands[name].make_context(name, rest) as context:
-            assert context.params["registry"] == ".baton/registry", rest
+            assert context.params.get("registry", ".baton/registry") == ".baton/registry", rest
     assert {name for name, *_ in others} >= set(group.commands) - {"run"}, "a command that no README shows"
 
 

@@ -15,6 +15,8 @@ Formats (`format:` in a recipe) and what a row of each looks like:
 - `hh`: `chosen` and `rejected` transcripts with "Human:" and "Assistant:".
 - `preference`: `chosen` and `rejected` (strings, a message, or messages) with `prompt`, `conversations` or
   `instruction`; or whole dialogues on both sides.
+- `arena`: `response_a` and `response_b` with a prompt, or whole dialogues `conversation_a` and `conversation_b`, and
+  the `winner`: model_a, model_b, tie or tie (bothbad).
 - `prompts`: `prompt`, `turns` (the first is the prompt), `question`, `query` or `text`; what else the row has
   stays in `columns`.
 
@@ -28,7 +30,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,15 +63,16 @@ class Loaded:
     rows: list[dict]
     dropped: list[Dropped]
     fingerprint: dict[str, Any]
+    places: list[tuple[str, int]] = field(default_factory=list)  # of each row: its file and number there
 
 
 def load(source: Source, folder: Path, kind: str) -> Loaded:
     """Read a source into rows of `kind`; a relative path starts at `folder`.
 
-    Rows by kind: text {"text"}, dialogue {"messages"}, preference {"prompt", "chosen", "rejected"}, prompt
-    {"prompt", "columns"}. Raises UserError for whatever is wrong with the file, by file and line. Rows that
-    are well-formed but useless (empty, no reply, equal sides) are dropped and counted; it is an error if none
-    is left.
+    Rows by kind: text {"text"}, dialogue {"messages"}, preference {"prompt", "chosen", "rejected"} and, where the
+    source tells them, {"margin", "is_tie", "annotator", "pair"} (`judgement.judgement_of`), prompt {"prompt",
+    "columns"}. Raises UserError for whatever is wrong with the file, by file and line. Rows that are well-formed but
+    useless (empty, no reply, equal sides) are dropped and counted; it is an error if none is left.
     """
     assert kind in KINDS, kind
     facts = fingerprint(source, folder)
@@ -87,17 +90,19 @@ def load(source: Source, folder: Path, kind: str) -> Loaded:
         raise UserError(f"{source.path} is empty; expected at least one row")
     fmt = _settle_format(source, first, kind)
     rows: list[dict] = []
+    places: list[tuple[str, int]] = []
     dropped: dict[str, Dropped] = {}
     for record in _rows_of_text(chain([first], records), fmt):
         for result in _examples(record, fmt, kind):
             if isinstance(result, dict):
                 rows.append(result)
+                places.append((record.file, record.number))
             else:
                 seen = dropped.get(result) or Dropped(result, 0, record.number, record.file)
                 dropped[result] = Dropped(result, seen.count + 1, seen.first_line, seen.file)
     if not rows:
         raise UserError(_nothing_left(source.path, list(dropped.values())))
-    return Loaded(rows, list(dropped.values()), {**facts, "rows": len(rows)})
+    return Loaded(rows, list(dropped.values()), {**facts, "rows": len(rows)}, places)
 
 
 def fingerprint(source: Source, folder: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 from baton.data.files import describe
+from baton.data.judgement import by_winner, check_judged, judgement_of, part_ways
 from baton.data.turns import (
     FROM_VALUE,
     NAME_TEXT,
@@ -36,9 +38,14 @@ SERVES = {
     "oasst": ("dialogue", "preference", "prompt"),
     "hh": ("dialogue", "preference", "prompt"),
     "preference": ("dialogue", "preference", "prompt"),
+    "arena": ("dialogue", "preference", "prompt"),
     "prompts": ("prompt",),
 }
 FORMATS = tuple(SERVES)
+
+# of more ranked replies to one prompt, so many, spread over the ranks, are paired: nine make 36 pairs, the most that
+# the labellers of InstructGPT ranked (Ouyang et al. 2022, section 3.5); all of thirty would drown the other prompts
+MAX_RANKED = 9
 
 # Stanford Alpaca's two prompt templates, as datasets ship them inside the prompt
 _ALPACA_TEMPLATE = re.compile(
@@ -53,6 +60,10 @@ _ALPACA_TEMPLATE = re.compile(
 def detect(row: dict) -> str | None:
     """The format that the row's fields make plain, or None."""
     fields = {name for name, value in row.items() if value is not None}
+    if {"conversation_a", "conversation_b"} <= fields or {"response_a", "response_b"} <= fields:
+        return "arena"
+    if row.get("skipped") is True:
+        return "preference"  # a file of the labelling page may well begin with such a line
     if {"chosen", "rejected"} <= fields:
         if isinstance(row["chosen"], str) and not fields & {
             "prompt",
@@ -149,10 +160,11 @@ def _hh(row: dict, kind: str) -> list[dict]:
         return [{"messages": chosen}]
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("prompts differ")
-    return _of_pair(chosen[:-1], chosen[-1:], rejected[-1:], kind, _others(row, "chosen", "rejected"))
+    return _of_pair(chosen[:-1], chosen[-1:], rejected[-1:], kind, row, "chosen", "rejected")
 
 
 def _preference(row: dict, kind: str) -> list[dict]:
+    check_judged(row)
     chosen, rejected = _reply(row, "chosen"), _reply(row, "rejected")
     if row.get("conversations") is not None:
         pairs = (FROM_VALUE, ROLE_CONTENT)
@@ -167,21 +179,43 @@ def _preference(row: dict, kind: str) -> list[dict]:
         raise BadRow(f"has no `prompt`; its fields are {', '.join(row)}")
     if any(side and side[0]["role"] != "assistant" for side in (chosen, rejected)):
         # whole dialogues on both sides (TRL's implicit prompt); a prompt field then repeats their beginning
-        if chosen[:-1] != rejected[:-1] or chosen[:-1][-len(prompt) :] != prompt and prompt:
+        given = prompt
+        prompt, chosen, rejected = part_ways(chosen, rejected)
+        if given and not any(prompt[at : at + len(given)] == given for at in range(len(prompt))):
             raise Unusable("prompts differ")
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-    used = (
-        "chosen",
-        "rejected",
-        "conversations",
-        "instruction",
-        "input",
-        "context",
-        "history",
-        "prompt",
-        "system",
-    )
-    return _of_pair(prompt, chosen, rejected, kind, _others(row, *used))
+    used = ("chosen", "rejected", "conversations", "instruction", "input", "context", "history", "prompt", "system")
+    return _of_pair(prompt, chosen, rejected, kind, row, *used)
+
+
+def _arena(row: dict, kind: str) -> list[dict]:
+    """Two replies, or two whole dialogues in which the user says the same, and which of them won."""
+    check_judged(row)
+    whole = row.get("conversation_a") is not None
+    sides = ("conversation_a", "conversation_b") if whole else ("response_a", "response_b")
+    for side in sides:
+        if row.get(side) is None:
+            raise BadRow(f"has no `{side}`; its fields are {', '.join(row) or 'none'}")
+    if whole:
+        dialogues = [read_messages(row[side], side, ROLE_CONTENT, FROM_VALUE) for side in sides]
+        prompt, *replies = part_ways(*(_first_turns(row, dialogue) for dialogue in dialogues))
+        prompt = _with_system(row, prompt)
+    else:
+        name = next((name for name in ("prompt", "question", "query") if row.get(name) is not None), None)
+        prompt = _alpaca_prompt(row) if name is None and row.get("instruction") else _prompt(row, name or "prompt")
+        replies = [_reply(row, side) for side in sides]
+    chosen, rejected = by_winner(row, *replies) if kind != "prompt" else replies
+    return _of_pair(prompt, chosen, rejected, kind, row, *sides, "prompt", "question", "query", "system")
+
+
+def _first_turns(row: dict, dialogue: Messages) -> Messages:
+    """The dialogue up to the turn of the user's that the row's `turn` counts to: what came later was not judged."""
+    turn = row.get("turn")
+    if turn is None:
+        return dialogue
+    if isinstance(turn, bool) or not isinstance(turn, int) or turn < 1:
+        raise BadRow(f"has {turn!r} as `turn`; expected how many of the user's turns were judged, 1 or more")
+    asked = [at for at, message in enumerate(dialogue) if message["role"] == "user"]
+    return dialogue[: asked[turn]] if turn < len(asked) else dialogue
 
 
 def _oasst(row: dict, kind: str) -> list[dict]:
@@ -189,7 +223,9 @@ def _oasst(row: dict, kind: str) -> list[dict]:
 
     Dialogue: one path, so that no turn is trained on twice: after a prompter the best-ranked reply, after an
     assistant the branch that goes on longest, cut after its last reply. Preference: at every prompter of the
-    tree, each pair of replies with different ranks, after the path that leads there. Prompt: the root alone.
+    tree, each pair of replies with different ranks (of more than MAX_RANKED, of as many spread over the ranks), after
+    the path that leads there; its `margin` is the distance of the two ranks in parts of the largest one there. Prompt:
+    the root alone.
     Messages that were deleted or failed their review are left out, with what follows them.
     """
     root = row.get("prompt")
@@ -285,12 +321,15 @@ def _of_dialogue(messages: Messages, row: dict, kind: str, *used: str) -> list[d
     return [{"prompt": messages[:-1] if answered else messages, "columns": _others(row, *used)}]
 
 
-def _of_pair(prompt: Messages, chosen: Messages, rejected: Messages, kind: str, others: dict) -> list[dict]:
-    if kind == "dialogue":
-        return [{"messages": prompt + chosen}]
+def _of_pair(prompt: Messages, chosen: Messages, rejected: Messages, kind: str, row: dict, *used: str) -> list[dict]:
     if kind == "prompt":
-        return [{"prompt": prompt, "columns": others}]
-    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+        return [{"prompt": prompt, "columns": _others(row, *used)}]
+    facts = judgement_of(row)
+    if kind == "preference":
+        return [{"prompt": prompt, "chosen": chosen, "rejected": rejected, **facts}]
+    if facts.get("is_tie"):
+        raise Unusable("a tie: neither reply was chosen")
+    return [{"messages": prompt + chosen}]
 
 
 def _node(node: Any, name: str) -> dict:
@@ -318,13 +357,25 @@ def _best_path(node: dict) -> Messages:
 
 def _ranked_pairs(node: dict, before: Messages) -> list[dict]:
     path = [*before, node["message"]]
-    pairs = []
+    pairs: list[dict] = []
     if node["message"]["role"] == "user":
         ranked = sorted((reply for reply in node["replies"] if reply["rank"] is not None), key=lambda r: r["rank"])
-        for index, better in enumerate(ranked):
-            worse = [reply for reply in ranked[index + 1 :] if reply["rank"] != better["rank"]]
-            pairs += [{"prompt": path, "chosen": [better["message"]], "rejected": [w["message"]]} for w in worse]
+        ranked = _spread(ranked)
+        for better, worse in combinations(ranked, 2):
+            if worse["rank"] != better["rank"]:
+                # ranks are an order and no scores: the gap counts only beside the other gaps at this prompt
+                margin = (worse["rank"] - better["rank"]) / (ranked[-1]["rank"] - ranked[0]["rank"])
+                sides = {"chosen": [better["message"]], "rejected": [worse["message"]]}
+                pairs.append({"prompt": path, **sides, "margin": margin})
     return pairs + [pair for reply in node["replies"] for pair in _ranked_pairs(reply, path)]
+
+
+def _spread(ranked: list[dict]) -> list[dict]:
+    """At most MAX_RANKED of the sorted replies: the best, the worst, and the others at even distances between."""
+    last = len(ranked) - 1
+    if last < MAX_RANKED:
+        return ranked
+    return [ranked[round(step * last / (MAX_RANKED - 1))] for step in range(MAX_RANKED)]
 
 
 _CONVERTERS: dict[str, Callable[[dict, str], list[dict]]] = {
@@ -337,5 +388,6 @@ _CONVERTERS: dict[str, Callable[[dict, str], list[dict]]] = {
     "oasst": _oasst,
     "hh": _hh,
     "preference": _preference,
+    "arena": _arena,
     "prompts": _prompts,
 }

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ CHECKS = (
     "probe",
 )
 ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIGS = re.compile(r"(members/[1-9][0-9]*/)?adapter_config\.json")
 _EMBEDDING_PARTS = ("embed", "wte", "trainable_tokens")
 _WIDER = 1.5  # a dtype twice as wide doubles the bytes; a few tensors kept in float32 do not
 
@@ -37,6 +40,11 @@ class CheckFailed(UserError):
         super().__init__(f"check {check}: {message}")
         self.check = check
         self.message = message
+
+
+def adapter_configs(paths: Iterable[str]) -> list[str]:
+    """Among a version's relative paths the adapter configurations that name its base: an ensemble has several."""
+    return [path for path in paths if _ADAPTER_CONFIGS.fullmatch(path)]
 
 
 def named_base(folder: Path) -> str | None:

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from baton.adapters import MEMBERS, member_folders
 from baton.errors import UserError
 from baton.registry.checks import ADAPTER_CONFIG, CheckFailed, check_rows, require_base_in_place
 from baton.registry.manifest import is_safe_path, lies_in_base
@@ -128,14 +129,22 @@ def _check_base(kind: str, base: Version | None, is_adapter: bool) -> None:
 
 
 def _check_adapter(folder: Path, kind: str, paths: list[str]) -> dict[str, Tensor]:
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if name not in paths:
-            raise UserError(f"{folder} has no {name}; kind {kind} is a PEFT adapter's folder (save_pretrained).")
     # `get` puts the base at base/: publishing it again would send the whole model as part of the adapter.
     for path in filter(lies_in_base, paths):
         raise UserError(
             f"{folder / path.partition('/')[0]} lies in an adapter's folder; move it out and publish again."
         )
+    members = member_folders(folder)
+    if len(members) > 1 and kind != "reward":
+        raise UserError(f"{folder} holds {MEMBERS}/, an ensemble's; only a reward is one. Publish it as kind reward.")
+    tensors, *_ = [_check_one_adapter(member, kind) for member in members]
+    return tensors
+
+
+def _check_one_adapter(folder: Path, kind: str) -> dict[str, Tensor]:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; kind {kind} is a PEFT adapter's folder (save_pretrained).")
     if not isinstance(read_json(folder / ADAPTER_CONFIG).get("peft_type"), str):
         raise UserError(f"{folder / ADAPTER_CONFIG} has no peft_type; expected PEFT's adapter configuration.")
     tensors = read_header(folder / ADAPTER_WEIGHTS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import UserError
-from baton.registry.checks import ADAPTER_CONFIG
+from baton.registry.checks import ADAPTER_CONFIG, adapter_configs
 from baton.registry.stores import Store, blob_path
 from baton.registry.stores.files import file_sha256, storage_errors_are_user_errors, sync_folder
 from baton.registry.stores.scratch import move_contents, partial_folder, sweep_partial
@@ -113,19 +113,22 @@ def _write(store: Store, manifest: dict[str, Any], folder: Path, base_folder: Pa
     with ThreadPoolExecutor(_COPIES_AT_ONCE) as copying:
         # list: the first of them that raises
         list(copying.map(lambda entry: copy_blob(store, entry, folder / entry["path"]), manifest["files"]))
-    if base_folder is not None:
-        config = folder / ADAPTER_CONFIG
-        data = _adapter_config(config.read_bytes(), base_folder)
-        config.write_bytes(data)
-        expected[ADAPTER_CONFIG] = hashlib.sha256(data).hexdigest()
+    if base_folder is None:
+        return expected
+    for path in adapter_configs(expected):
+        data = _adapter_config((folder / path).read_bytes(), base_folder)
+        (folder / path).write_bytes(data)
+        expected[path] = hashlib.sha256(data).hexdigest()
     return expected
 
 
 def _expected_files(store: Store, manifest: dict[str, Any], base_folder: Path | None) -> dict[str, str]:
     expected = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
-    if base_folder is not None:
-        data = _stored_config(store, expected[ADAPTER_CONFIG])
-        expected[ADAPTER_CONFIG] = hashlib.sha256(_adapter_config(data, base_folder)).hexdigest()
+    if base_folder is None:
+        return expected
+    for path in adapter_configs(expected):
+        data = _stored_config(store, expected[path])
+        expected[path] = hashlib.sha256(_adapter_config(data, base_folder)).hexdigest()
     return expected
 
 

@@ -5,8 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baton.errors import UserError
 from baton.registry import probe
-from baton.registry.checks import CheckFailed
+from baton.registry.checks import CheckFailed, adapter_configs
 from baton.registry.materialise import copy_blob, new_folder
 from baton.registry.stores import Store
 from baton.registry.stores.files import storage_errors_are_user_errors
@@ -26,6 +27,12 @@ def merge(store: Store, version: Version, adapter: Path, base: Path, target: Pat
     ProbeMismatch when it gives another model than the adapter on its base.
     """
     assert version.base is not None, version.kind
+    members = len(adapter_configs(entry["path"] for entry in version.manifest["files"]))
+    if members > 1:
+        raise UserError(
+            f"{version.ref} is an ensemble of {members} reward models, which no single model gives. Get it as it is "
+            "(baton get without --merge); one member alone can be published by itself, and then be merged."
+        )
     from peft import PeftModel
 
     with (

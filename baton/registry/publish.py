@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baton.adapters import member_folders
 from baton.errors import UserError
 from baton.registry import manifest as manifests
 from baton.registry import probe, probe_process, provenance, records, vocabulary, weights
@@ -187,8 +188,9 @@ def _check_against_ancestors(
     base_folder: Path | None,
 ) -> None:
     if base is not None and base_folder is not None:
+        for member in member_folders(folder):
+            check_adapter_against_base(member, weights.read_header(member / ADAPTER_WEIGHTS), base, base_folder)
         tensors = weights.read_header(folder / ADAPTER_WEIGHTS)
-        check_adapter_against_base(folder, tensors, base, base_folder)
         check_tokenizer(folder, content["tokenizer_digest"], tensors, base)
     if content["kind"] != "merged":
         return

@@ -13,7 +13,7 @@ from baton.build import (
     build_key,
     model_source,
     resolve_inputs,
-    reward_role,
+    reward_roles,
     shares_base,
     up_to_date,
 )
@@ -270,9 +270,17 @@ def test_the_roles_of_rewards(chain: Any) -> None:
         "gold": "tiny/whole:1",
     }
     recipe = chain.recipe("ppo", f"reward={several}", "gold={model: 'tiny/whole:1'}")
-    roles = [reward_role(recipe, source) for source in [*recipe.rewards, recipe.gold]]
-    assert roles == ["reward-reward", "reward-strict", "gold"]
+    roles = [reward_roles(recipe, source) for source in [*recipe.rewards, recipe.gold]]
+    assert roles == [["reward-reward"], ["reward-strict"], ["gold"]]
     assert set(ppo_inputs(chain, f"[{rule}]").versions) == {"sft"}
+    together = ppo_inputs(
+        chain, "[{models: ['tiny/whole:1', 'tiny/reward:1']}]", "gold={model: 'tiny/whole:1'}"
+    ).versions
+    assert {role: version.ref for role, version in together.items() if role != "sft"} == {
+        "reward-1": "tiny/whole:1",
+        "reward-2": "tiny/reward:1",
+        "gold": "tiny/whole:1",
+    }
 
 
 @pytest.mark.parametrize(

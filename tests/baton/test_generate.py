@@ -158,6 +158,18 @@ def test_a_token_is_shown_by_its_text_or_its_bytes(tokenizer: Any) -> None:
     assert token_text(tokenizer, tokenizer.eos_token_id) == DOCUMENT_END
 
 
+class Template:
+    """A tokenizer that gives a reply of four tokens, of which the last ends a turn, and something after it."""
+
+    eos_token_id = 2
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": [10, 20, 2, 30, 2, 99][: 6 if len(messages) == 2 else 9] + [99] * (len(messages) - 2)}
+
+
+MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
 def test_reward_reads_the_last_reply_up_to_its_end() -> None:
     class Scorer:
         device = torch.device("cpu")
@@ -166,11 +178,20 @@ def test_reward_reads_the_last_reply_up_to_its_end() -> None:
         def __call__(self, input_ids: torch.Tensor) -> Any:
             return type("Output", (), {"logits": input_ids.sum(-1, keepdim=True).float()})
 
-    class Template:
-        eos_token_id = 2
+    assert reward(Scorer(), Template(), MESSAGES) == 10 + 20 + 2 + 30 + 2  # type: ignore[arg-type]
 
-        def apply_chat_template(self, messages: list[dict[str, str]], **settings: Any) -> dict[str, list[int]]:
-            return {"input_ids": [10, 20, 2, 30, 2, 99][: 6 if len(messages) == 2 else 9] + [99] * (len(messages) - 2)}
 
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert reward(Scorer(), Template(), messages) == 10 + 20 + 2 + 30 + 2  # type: ignore[arg-type]
+def test_the_reward_of_an_ensemble_is_the_mean_of_its_members() -> None:
+    class Ensemble:
+        device = torch.device("cpu")
+        config = LlamaConfig(max_position_embeddings=8)
+        peft_config = {"default": 1.0, "member_1": 4.0}
+        active = "default"
+
+        def set_adapter(self, name: str) -> None:
+            self.active = name
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            return type("Output", (), {"logits": torch.tensor([[self.peft_config[self.active]]])})
+
+    assert reward(Ensemble(), Template(), MESSAGES) == 2.5  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ EVAL = {"train": [{"path": "x"}], "eval": [{"path": "y"}]}
 @pytest.mark.parametrize(
     ("section", "content", "said"),
     [
-        (RewardSource, {}, "exactly one of model, classifier, function, url; found none"),
+        (RewardSource, {}, "exactly one of model, models, classifier, function, url; found none"),
         (RewardSource, {"model": "a/b:1", "url": "http://x"}, "found model, url"),
         (RewardSource, {"model": "a/b:1", "arguments": {"a": 1}}, "arguments are for a function"),
         (RewardSource, {"function": "a:b", "timeout_s": 3}, "timeout_s and retries are for a url"),
@@ -41,6 +41,15 @@ EVAL = {"train": [{"path": "x"}], "eval": [{"path": "y"}]}
         (Algorithm, {"overlong_penalty": 2.0}, "overlong_penalty needs overlong_tokens"),
         (Algorithm, {"kl_horizon_episodes": 100}, "is for an adaptive coefficient"),
         (RewardSource, {"model": "a/b:1", "weight": float("nan")}, "finite number"),
+        (RewardSource, {"model": "a/b:1", "models": ["a/b:1", "a/b:2"]}, "found model, models"),
+        (RewardSource, {"models": ["a/b:1"]}, "at least 2 items"),
+        (RewardSource, {"models": ["a/b:1", "a/b:1"]}, "models names a version twice"),
+        (RewardSource, {"function": "a:b", "deviation_penalty": 0.0}, "deviation_penalty is for an ensemble"),
+        (RewardSource, {"url": "http://x", "normalise": "sft"}, "it needs model or models"),
+        (RewardSource, {"classifier": "c", "length_penalty": "fitted"}, "here give a number per token"),
+        (RewardSource, {"model": "a/b:1", "length_penalty": -0.1}, "greater than or equal to 0"),
+        (RewardSource, {"model": "a/b:1", "deviation_penalty": 0.5, "weight": -1.0}, "would be a bonus"),
+        (RewardSource, {"function": "a:b", "length_penalty": 0.5, "weight": -1.0}, "would be a bonus"),
     ],
 )
 def test_what_does_not_go_together_is_refused(section: Any, content: dict[str, Any], said: str) -> None:
@@ -84,6 +93,8 @@ def test_keys_that_would_be_ignored_are_refused(change: dict[str, Any], said: st
         ({"function": "rules.length:within"}, "within"),
         ({"url": "http://localhost:8000/score/"}, "score"),
         ({"url": "http://localhost:8000/score", "name": "judge"}, "judge"),
+        ({"models": ["a/b:1", "a/c:1"]}, "ensemble"),
+        ({"models": ["a/b:1", "a/c:1"], "name": "both"}, "both"),
     ],
 )
 def test_what_a_reward_is_called(content: dict[str, Any], label: str) -> None:
@@ -94,3 +105,9 @@ def test_a_reference_is_a_list_of_one_reward() -> None:
     assert PPORecipe.model_validate(RECIPE).rewards == [RewardSource(model="t/r:1")]
     listed = PPORecipe.model_validate(RECIPE | {"reward": [{"model": "t/r:1", "weight": 2.0}]})
     assert [(source.model, source.weight) for source in listed.rewards] == [("t/r:1", 2.0)]
+
+
+def test_which_versions_a_reward_refers_to() -> None:
+    assert RewardSource(model="a/b:1").references == ["a/b:1"]
+    assert RewardSource(models=["a/b:1", "a/c:1"]).references == ["a/b:1", "a/c:1"]
+    assert RewardSource(function="a:b").references == []

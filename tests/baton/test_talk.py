@@ -69,6 +69,50 @@ def test_options_change_what_is_generated(tiny_chain: Any, monkeypatch: pytest.M
     assert continuation(*hot, "--seed", "1") != continuation(*short, "--seed", "1")
 
 
+BEST_OF = (
+    "generate",
+    "tiny/sft:candidate",
+    "Who is that?",
+    "--max-new-tokens",
+    "6",
+    "--reward",
+    "tiny/reward:candidate",
+)
+
+
+def test_the_best_of_several_replies_comes_first(
+    tiny_chain: Any, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    assert baton(tiny_chain, monkeypatch, *BEST_OF, "--best-of", "5", "--json") == 0
+    data = json.loads(capsys.readouterr().out)
+    rewards = [reply["reward"] for reply in data["replies"]]
+    assert rewards == sorted(rewards, reverse=True) and sorted(reply["draw"] for reply in data["replies"]) == [
+        *range(5)
+    ]
+    assert data["distinct"] == len({reply["text"] for reply in data["replies"]}) > 1
+    assert data["kl_nats_at_most"] == pytest.approx(math.log(5) - 4 / 5)
+    best = data["replies"][0]
+    score = ("score", "tiny/reward:candidate", best["text"], "--prompt", "Who is that?", "--json")
+    assert baton(tiny_chain, monkeypatch, *score) == 0
+    assert json.loads(capsys.readouterr().out)["reward"] == pytest.approx(best["reward"], abs=1e-6)
+    assert baton(tiny_chain, monkeypatch, *BEST_OF, "--best-of", "5") == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"{reward:.4f}") for reward in rewards]
+    assert places == sorted(places) and f"at most {math.log(5) - 0.8:.2f} nats" in shown
+
+
+def test_options_change_what_is_chosen_from(tiny_chain: Any, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    def drawn(*options: str) -> list[str]:
+        assert baton(tiny_chain, monkeypatch, *BEST_OF, "--json", *options) == 0
+        replies = json.loads(capsys.readouterr().out)["replies"]
+        return [reply["text"] for reply in sorted(replies, key=lambda reply: reply["draw"])]
+
+    first = drawn("--best-of", "3")
+    assert drawn("--best-of", "3") == first == drawn("--best-of", "4")[:3]
+    assert drawn("--best-of", "3", "--seed", "1") != first
+    assert len(set(drawn("--best-of", "3", "--temperature", "0.001"))) == 1
+
+
 def test_score_adds_up(tiny_chain: Any, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     text = "The baker 町"
     assert baton(tiny_chain, monkeypatch, "score", "tiny/base:main", text, "--json") == 0
@@ -168,6 +212,14 @@ MISTAKES = [
     (("score", "tiny/reward:candidate", "a"), "--prompt PROMPT"),
     (("score", "tiny/base:main", "a", "--prompt", "b"), "no use for --prompt"),
     (("score", "tiny/base:main", ""), "no text to score"),
+    ((*BEST_OF[:5], "--best-of", "4"), "go together"),
+    (BEST_OF, "go together"),
+    ((*BEST_OF, "--best-of", "1"), "2 and more"),
+    ((*BEST_OF, "--best-of", "4", "--temperature", "0"), "above 0"),
+    ((*BEST_OF, "--best-of", "4", "--candidates", "2"), "leave one out"),
+    (("generate", "tiny/base:main", *BEST_OF[2:], "--best-of", "4"), "no chat template"),
+    (("generate", "tiny/reward:candidate", *BEST_OF[2:], "--best-of", "4"), "does not write text"),
+    ((*BEST_OF[:6], "tiny/sft:candidate", "--best-of", "4"), "expected a version of the reward stage"),
 ]
 
 

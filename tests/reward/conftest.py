@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from baton.ppo_sections import RewardSource
-from reward.sources import Sample, Source, open_source
+from reward.sources import Sample, Source, open_sources
 
 ROWS = [
     Sample([{"role": "user", "content": "one"}], [1, 2], [3, 4], "first reply", {"answer": "1", "split": "a"}),
@@ -16,9 +16,9 @@ ROWS = [
 
 
 def opened(dtype: torch.dtype = torch.float32, **setting: Any) -> Source:
-    """The source of a reward's settings, by `open_source`; nothing of it is in a registry."""
-    given: dict[str, Any] = {"registry": None, "version": None, "folder": Path.cwd(), "device": torch.device("cpu")}
-    return open_source(RewardSource(**setting), **given, dtype=dtype, max_tokens=64)
+    """The source of a reward's settings, by `open_sources`; nothing of it is in a registry."""
+    given: dict[str, Any] = {"registry": None, "versions": [], "folder": Path.cwd(), "device": torch.device("cpu")}
+    return open_sources(RewardSource(**setting), **given, dtype=dtype, max_tokens=64)[0]
 
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>\n{% endfor %}"

@@ -8,7 +8,7 @@ import torch
 
 from baton.errors import UserError
 from baton.ppo_sections import RewardSource
-from reward.sources import RewardError, Sample, checked, open_source
+from reward.sources import RewardError, Sample, checked, open_sources
 from tests.reward.conftest import RENDERED, ROWS, alone, opened, save_classifier
 
 
@@ -116,10 +116,10 @@ def test_a_foreign_adapter_reads_its_own_rendering(tiny_chain: Any) -> None:
 
     registry, version = tiny_chain.registry, tiny_chain.versions["reward"]
     rows = [Sample(row.prompt, [0], [0, 0], row.response, {}) for row in ROWS]  # the policy's ids mean nothing to it
-    source = open_source(
+    (source,) = open_sources(
         RewardSource(model="tiny/reward:1"),
         registry=registry,
-        version=version,
+        versions=[version],
         folder=tiny_chain.root,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -140,10 +140,10 @@ def test_a_whole_classifier_of_the_registry(tiny_chain: Any, tmp_path: Path) -> 
     folder = save_classifier(tmp_path / "judge", pad="<pad>")
     version = chain.registry.publish(folder, name="other/judge", kind="reward")
     assert version.base is None
-    source = open_source(
+    (source,) = open_sources(
         RewardSource(model="other/judge:1"),
         registry=chain.registry,
-        version=version,
+        versions=[version],
         folder=chain.root,
         device=torch.device("cpu"),
         dtype=torch.float32,

@@ -1,6 +1,7 @@
 """Rules on replies worked by hand."""
 
 import inspect
+import sys
 from decimal import Decimal
 from typing import Any
 
@@ -8,7 +9,18 @@ import pytest
 
 from reward import rules
 from reward.callables import GIVEN
-from reward.rules import exact_answer, length_window, numbers_in, regular_expression, stated_number
+from reward.rules import (
+    exact_answer,
+    json_schema,
+    language,
+    length_window,
+    numbers_in,
+    refusal,
+    regular_expression,
+    repetition,
+    script,
+    stated_number,
+)
 
 
 def answers(responses: list[str], right: list[Any], **arguments: Any) -> list[float]:
@@ -108,10 +120,187 @@ def test_regular_expressions() -> None:
 
 
 def test_every_rule_has_the_interface_of_a_reward_function() -> None:
-    public = {name: item for name, item in vars(rules).items() if inspect.isfunction(item) and name[0] != "_"}
+    functions = {name: item for name, item in vars(rules).items() if inspect.isfunction(item) and name[0] != "_"}
+    public = {name: item for name, item in functions.items() if item.__module__ == rules.__name__}
     shipped = [function for name, function in public.items() if name not in ("stated_number", "numbers_in")]
-    assert len(shipped) == 3
+    assert len(shipped) == 8
     for function in shipped:
         parameters = inspect.signature(function).parameters
         assert tuple(parameters)[:4] == GIVEN
         assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def judged(
+    rule: Any, responses: list[str], columns: dict[str, list[Any]] | None = None, **arguments: Any
+) -> list[float]:
+    """A rule on texts, as a run calls it."""
+    given: dict[str, Any] = {"prompts": [[] for _ in responses], "token_ids": [[] for _ in responses]}
+    return list(rule(**given, responses=responses, columns=columns or {}, **arguments))
+
+
+PERSON = {"type": "object", "properties": {"age": {"type": "integer", "minimum": 0}}, "required": ["age"]}
+
+
+def test_json_against_a_schema() -> None:
+    replies = ['{"age": 3}', ' {"age": 3}\n', '{"age": -1}', "[]", '{"age": 3} yes', "", '{"age": NaN}', "[" * 100_000]
+    assert judged(json_schema, replies, schema=PERSON) == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert judged(json_schema, replies, schema=PERSON, format_reward=0.25) == [1, 1, 0.25, 0.25, 0, 0, 0, 0]
+
+
+def test_json_in_a_fence() -> None:
+    replies = ['```json\n{"age": 3}\n```', '```\n{"age": 3}\n```\n', 'Here: ```json\n{"age": 3}\n```', '{"age": 3}']
+    assert judged(json_schema, replies, schema=PERSON, fenced=True) == [1, 1, 0, 1]
+    assert judged(json_schema, replies, schema=PERSON) == [0, 0, 0, 1]
+
+
+def test_each_row_has_its_own_schema() -> None:
+    schemas = [{"type": "integer"}, '{"type": "string"}', {"$schema": "http://json-schema.org/draft-04/schema#"}]
+    assert judged(json_schema, ["1", "1", "1"], {"form": schemas}, column="form") == [1, 0, 1]
+
+
+DEEP = {"type": "array", "items": {"$ref": "#"}}
+
+
+def test_a_document_nested_too_deeply_for_its_schema_is_not_valid() -> None:
+    assert judged(json_schema, ["[[]]", "[" * 900 + "]" * 900], schema=DEEP) == [1, 0]
+
+
+SCHEMA_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({}, "either `schema`"),
+    ({"schema": PERSON, "column": "form"}, "either `schema`"),
+    ({"schema": {"type": "number of legs"}}, "no JSON schema"),
+    ({"schema": {"$ref": "http://localhost:1/schema"}}, "refers to what is not in it"),
+    ({"schema": {"$ref": "#"}}, "without end"),
+    ({"column": "other"}, "no column 'other'"),
+    ({"column": "form"}, "column 'form' is empty"),
+    ({"column": "text"}, "no JSON:"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), SCHEMA_MISTAKES)
+def test_mistakes_in_schemas(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judged(json_schema, ["1"], {"form": [None], "text": ["{"]}, **arguments)
+
+
+def test_which_language_a_reply_is_in() -> None:
+    replies = ["Der Bäcker wohnt am Fluss.", "The baker lives there.", "パン屋は旧市街に住んでいます。", "12 + 3", ""]
+    assert judged(language, replies, wanted="de") == [1, 0, 0, 0, 0]
+    assert judged(language, replies, wanted="ja", among=["ja", "en"]) == [0, 0, 1, 0, 0]
+    columns = {"answer_in": ["de", "de", "ja", "en", "en"]}
+    assert judged(language, replies, columns, column="answer_in") == [1, 0, 1, 0, 0]
+
+
+def test_languages_that_do_not_come_into_question_are_not_found() -> None:
+    # Danish or Norwegian; of Swedish and Japanese it is Swedish by far
+    assert judged(language, ["Ja, det er det."], wanted="sv", among=["sv", "ja"]) == [1]
+    assert judged(language, ["Ja, det er det."], wanted="sv") == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either `wanted`"),
+        ({"wanted": "english"}, "'english' is no language"),
+        ({"wanted": "en", "among": ["de", "fr"]}, "not `among` de, fr"),
+        ({"wanted": "en", "among": ["en", "xx"]}, "'xx' is no language"),
+        ({"column": "tongue"}, "no column 'tongue'"),
+    ],
+)
+def test_mistakes_in_languages(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        judged(language, ["yes"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("rule", "library", "arguments"),
+    [
+        (language, "py3langid", {"wanted": "en"}),
+        (json_schema, "jsonschema", {"schema": {"title": "never seen before"}}),
+    ],
+)
+def test_a_missing_library_is_named(
+    rule: Any, library: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf"needs the {library} library: pip install \"baton\[rules\]\""):
+        judged(rule, ["yes"], **arguments)
+
+
+def test_shares_of_scripts() -> None:
+    # 4 letters of 4; 2 of 4; hiragana and one character of Chinese origin; no letter
+    replies = ["Abcé!", "ab бв 12", "はい町", "12 + 3"]
+    assert judged(script, replies, wanted=["latin"]) == [1, 0.5, 0, 0]
+    assert judged(script, replies, wanted=["Hiragana", "katakana", "cjk"]) == [0, 0, 1, 0]
+    for wanted in ([], ["latin", "elvish"]):
+        with pytest.raises(ValueError, match="expected scripts"):
+            judged(script, replies, wanted=wanted)
+
+
+def repeated(token_ids: list[list[int]], **arguments: Any) -> list[float]:
+    given: dict[str, Any] = {"prompts": [], "responses": [], "columns": {}}
+    return repetition(**given, token_ids=token_ids, **arguments)
+
+
+def test_repetition_worked_by_hand() -> None:
+    # pairs of 1 2 1 2 1: 12, 21, 12, 21, of which two of four were there before; of 1 1 1 1: 11 three times
+    replies = [[1, 2, 3, 4], [1, 2, 1, 2, 1], [1, 1, 1, 1], [1], []]
+    assert repeated(replies, size=2) == pytest.approx([1, 0.5, 1 / 3, 1, 1])
+    assert repeated(replies, size=1) == pytest.approx([1, 0.4, 0.25, 1, 1])
+    assert repeated(replies) == [1, 1, 1, 1, 1]
+    # half is repeated, a quarter is free: a quarter of the three quarters that are left
+    assert repeated(replies, size=2, free=0.25) == pytest.approx([1, 2 / 3, 4 / 9, 1, 1])
+
+
+@pytest.mark.parametrize("arguments", [{"size": 0}, {"free": 1.0}, {"free": -0.1}])
+def test_impossible_repetitions(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected size >= 1"):
+        repeated([[1]], **arguments)
+
+
+REFUSING = [
+    "I'm sorry, but I can't help with that.",
+    "I’m sorry, I cannot assist with that request.",
+    "I cannot provide instructions for this.",
+    "I won't help you do that.",
+    "Sorry, I can't do that.",
+    "As an AI language model, I am unable to browse.",
+    "I must respectfully decline.",
+    "Unfortunately I'm not able to answer.",
+    "It is not appropriate to joke about this.",
+    "That goes against our guidelines.",
+    "I do not feel comfortable writing this.",
+]
+ANSWERING = [
+    "Sorry to hear that! Have you tried tea?",
+    "I'm sorry for your loss.",
+    "I can't wait to hear more.",
+    "I can't help but smile at that.",
+    "I couldn't recommend it more.",
+    "As an AI, I find chess fascinating.",
+    "It is illegal to park there, so use the garage.",
+    "The door is unable to close.",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", REFUSING)
+def test_refusals_are_found(text: str) -> None:
+    assert judged(refusal, [text], wanted=True) == [1] and judged(refusal, [text]) == [0]
+
+
+@pytest.mark.parametrize("text", ANSWERING)
+def test_answers_are_no_refusals(text: str) -> None:
+    assert judged(refusal, [text], wanted=True) == [0] and judged(refusal, [text]) == [1]
+
+
+def test_settings_of_refusals() -> None:
+    late = "Here is how it goes. " * 20 + "I can't help with more."
+    assert judged(refusal, [late, "Das geht nicht."]) == [1, 1]
+    assert judged(refusal, [late, "Das geht nicht."], within=1000, phrases=["das geht nicht"]) == [0, 0]
+    columns = {"harmful": [True, True, False]}
+    assert judged(refusal, ["I refuse to.", "Sure!", "Sure!"], columns, column="harmful") == [1, 0, 1]
+    with pytest.raises(ValueError, match="true or false"):
+        judged(refusal, ["Sure!"], {"harmful": ["yes"]}, column="harmful")
+    with pytest.raises(ValueError, match="within >= 1"):
+        judged(refusal, ["Sure!"], within=0)

@@ -1,13 +1,12 @@
-"""Scores against one sequence at a time, and pair metrics worked by hand."""
+"""Scores against one sequence at a time."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from reward.scoring import pair_metrics, score
+from reward.scoring import score
 
 
 class LastToken(torch.nn.Module):
@@ -46,17 +45,6 @@ def test_a_sequence_that_ends_with_the_pad_token_is_a_defect() -> None:
 
 def test_no_sequences_no_scores() -> None:
     assert score(LastToken(), [], pad_id=0).shape == (0,)
-
-
-def test_pair_metrics_worked_by_hand() -> None:
-    # margins 0.2, -0.1, 0, 0.1; lengths: longer, longer, equal, shorter
-    chosen, rejected = [[1, 1, 5], [1, 2], [1, 4], [7]], [[1, 3], [3], [2, 4], [1, 6]]
-    found = pair_metrics(LastToken(), chosen, rejected, pad_id=0)
-    assert found["eval/accuracy"] == pytest.approx(2.5 / 4)
-    assert found["eval/accuracy_longer"] == pytest.approx(2.5 / 4)
-    assert found["eval/margin"] == pytest.approx(0.05, abs=1e-6)
-    losses = [math.log(1 + math.exp(-margin)) for margin in (0.2, -0.1, 0.0, 0.1)]
-    assert found["eval/loss"] == pytest.approx(sum(losses) / 4, abs=1e-6)
 
 
 def test_padding_and_company_do_not_matter_to_a_real_classifier(tiny_llama: Any) -> None:

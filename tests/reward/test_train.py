@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from baton.adapters import SCORE_KEY, member_folders
 from baton.errors import UserError
 from reward import train
+from reward.members import Members
 
 IDS = torch.tensor([[5, 90, 300, 17, 41, 2]])
 
@@ -37,7 +39,12 @@ def published(tiny_chain: Any) -> Any:
 @pytest.fixture
 def start(tiny_chain: Any) -> Any:
     """What training starts from."""
-    return train.reward_from_sft(tiny_chain.folder("pretrain"), tiny_chain.folder("sft"), torch.float32, 1)
+    return members_of(tiny_chain)
+
+
+def members_of(chain: Any, count: int = 1, trained: Any = "adapter") -> Members:
+    folders = chain.folder("pretrain"), chain.folder("sft")
+    return Members.from_sft(*folders, torch.float32, 1, count=count, trained=trained, seed=5)
 
 
 def hidden(model: Any) -> torch.Tensor:
@@ -51,19 +58,17 @@ def test_the_start_is_sft_and_not_the_raw_base(tiny_chain: Any, start: Any) -> N
     raw = base_model(tiny_chain, "causal")
     raw_states = hidden(raw)
     sft_states = hidden(PeftModel.from_pretrained(raw, tiny_chain.folder("sft")).eval().base_model.model)
-    found = hidden(start.eval().base_model.model)
+    with torch.no_grad():
+        found = start._hidden(IDS, 0)
     torch.testing.assert_close(found, sft_states, rtol=0, atol=1e-5)
     assert float((found - raw_states).abs().max()) > 1e-3
 
 
 def test_the_start_gives_equal_rewards_and_trains_adapter_and_head(start: Any) -> None:
-    with torch.no_grad():
-        assert start(input_ids=IDS).logits.item() == 0.0
+    assert start.score(IDS.tolist()).tolist() == [[0.0]]
     trained = {name for name, parameter in start.named_parameters() if parameter.requires_grad}
-    assert sum("lora_" in name for name in trained) == 28
-    assert {name for name in trained if "lora_" not in name} == {
-        "base_model.model.score.modules_to_save.default.weight"
-    }
+    assert sum(".additions.member_0." in name for name in trained) == 28
+    assert {name for name in trained if ".additions." not in name} == {"heads.0.weight"}
 
 
 def test_the_first_loss_is_that_of_equal_rewards(tiny_chain: Any) -> None:
@@ -110,13 +115,6 @@ def test_the_published_adapter_holds_head_and_moved_layers(tiny_chain: Any) -> N
     assert max(float((reward[key] - sft[key]).abs().max()) for key in shared) < 0.041
 
 
-@pytest.fixture
-def run(tiny_chain: Any, tmp_path: Path) -> Any:
-    from baton.run import Run
-
-    return Run.start(tiny_chain.copy(tmp_path).recipe("reward"))
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tiny_chain: Any) -> Any:
     from baton.models import load_tokenizer
@@ -124,45 +122,88 @@ def tokenizer(tiny_chain: Any) -> Any:
     return load_tokenizer(tiny_chain.folder("sft"))
 
 
-def test_a_head_that_is_lost_on_saving_is_caught(run: Any, tiny_chain: Any, tokenizer: Any, tmp_path: Path) -> None:
-    """LoRA without a task type freezes the random head and does not save it; the next loader draws another."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    model = get_peft_model(base_model(tiny_chain, "classifier"), LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    samples = [[5, 90, 17], [8, 41]]
-    arguments = (run, model, tokenizer, tmp_path / "out", tiny_chain.folder("pretrain"), torch.float32, samples)
-    with pytest.raises(RuntimeError, match="does not survive being saved"):
-        train.write_reward(*arguments)
-
-
-def test_a_head_that_is_kept_passes(run: Any, start: Any, tiny_chain: Any, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def touched(tiny_chain: Any) -> Any:
+    """Two members that are no longer what they started as."""
+    members = members_of(tiny_chain, count=2)
     with torch.no_grad():
-        for name, parameter in start.named_parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter) if "score" in name else 0.01
-    samples = [[5, 90, 17], [8, 41]]
-    folder = tiny_chain.folder("pretrain")
-    train.write_reward(run, start.eval(), tokenizer, tmp_path / "out", folder, torch.float32, samples)
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+        for number in (0, 1):
+            for parameter in members.parameters_of(number).values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    return members
 
 
-def test_long_pairs_are_dropped_whole_and_counted(run: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def pair(chosen: str, rejected: str) -> dict[str, Any]:
-        return {
-            "prompt": [{"role": "user", "content": "a"}],
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": rejected}],
-        }
+SAMPLES = [[5, 90, 17], [8, 41]]
 
-    rows = [pair("b", "c"), pair("b", "word " * 200)]
-    pairs = train.encode_pairs(run, tokenizer, rows, "train")
-    assert [len(side) for side in pairs.values()] == [1, 1]
-    assert "1 pairs; 1 longer than 160 tokens dropped" in capsys.readouterr().out
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert all(ids[-1] == stop for side in pairs.values() for ids in side)
-    with pytest.raises(UserError, match="none of 1 pairs is left.*train.max_length = 160"):
-        train.encode_pairs(run, tokenizer, rows[1:], "train")
+
+@pytest.mark.parametrize("lost", ["", "members/1"])
+def test_a_head_that_is_lost_on_saving_is_caught(
+    touched: Any, tokenizer: Any, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of either member. peft itself refuses a folder without the head that its configuration names; not another one."""
+    from safetensors.torch import load_file, save_file
+
+    save = touched.save
+
+    def save_with_another_head(number: int, folder: Path) -> None:
+        save(number, folder)
+        if folder == tmp_path / lost:
+            path = folder / "adapter_model.safetensors"
+            save_file(load_file(path) | {SCORE_KEY: torch.randn(1, 32)}, path)
+
+    monkeypatch.setattr(touched, "save", save_with_another_head)
+    with pytest.raises(RuntimeError, match=f"does not survive being saved: reloaded, member {1 if lost else 0}"):
+        train.write_members(touched, tokenizer, tmp_path, SAMPLES)
+
+
+def test_heads_that_are_kept_pass(touched: Any, tokenizer: Any, tmp_path: Path) -> None:
+    train.write_members(touched, tokenizer, tmp_path, SAMPLES)
+    assert member_folders(tmp_path) == [tmp_path, tmp_path / "members" / "1"]
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_margins_that_no_pair_has_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    chain = tiny_chain.unpublished("reward", tmp_path)
+    with pytest.raises(UserError, match="loss.margin_weight would be ignored: none of 40 training pairs has a margin"):
+        train.main(chain.recipe("reward", "loss.margin_weight=1"))
+
+
+def test_an_ensemble_is_published_and_each_member_loads_in_plain_peft(tiny_chain: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    chain = tiny_chain.unpublished("reward", tmp_path)
+    settings = ["ensemble=2", "train.eval_every=2", "train.patience=1", "measure.sft_samples=0", "measure.perturbed=1"]
+    version = train.main(chain.recipe("reward", *settings))
+    folders = member_folders(chain.registry.materialise(version))
+    assert len(folders) == 2
+    scores = []
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert Path(config["base_model_name_or_path"]) == tiny_chain.folder("pretrain")
+        model = PeftModel.from_pretrained(base_model(tiny_chain, "classifier"), folder).eval()
+        with torch.no_grad():
+            scores.append(model(input_ids=IDS, use_cache=False).logits.item())
+    assert abs(scores[0] - scores[1]) > 1e-3
+    again = Members.from_folders(tiny_chain.folder("pretrain"), folders, torch.float32, 1)
+    assert again.score(IDS.tolist())[:, 0].tolist() == pytest.approx(scores, abs=1e-5)
+    metrics = version.manifest["metrics"]
+    assert {"best_step/0", "best_step/1", "eval/agreement"} <= metrics.keys()
+    assert (chain.run_dir("reward") / "reward_report.html").is_file()
+    assert (folders[0] / "reward_report.html").is_file()
+
+
+def test_every_weight_can_be_trained(tiny_chain: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    chain = tiny_chain.unpublished("reward", tmp_path)
+    settings = ["trained=full", "data.eval=[]", "train.steps=2"]
+    version = train.main(chain.recipe("reward", *settings))
+    assert version.base is None and version.manifest["parents"] == {"sft": tiny_chain.versions["sft"].digest}
+    model = AutoModelForSequenceClassification.from_pretrained(chain.registry.materialise(version))
+    raw = base_model(tiny_chain, "classifier").state_dict()
+    moved = [name for name, item in model.state_dict().items() if "score" not in name and not item.equal(raw[name])]
+    assert len(moved) == len(raw) - 1 and model.score.weight.abs().max() > 0
+    assert "eval/accuracy" not in version.manifest["metrics"]
 
 
 def test_questions_are_refused(tiny_chain: Any, tmp_path: Path) -> None:

@@ -2,58 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.conftest import RoleFolders
+
 VOCABULARY = 48
 STOP, PAD = 1, 2
 TEMPERATURE = 0.7
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class RoleFolders(NamedTuple):
-    """Folders by save_pretrained."""
-
-    base: Path
-    sft: Path
-    reward: Path
-
-
-def randomised(model: Any, seed: int) -> Any:
-    """The PEFT model with every LoRA tensor, and the head, drawn at random, so that each adapter changes the model."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or "score.modules_to_save" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-@pytest.fixture(scope="session")
-def randomise() -> Callable[[Any, int], Any]:
-    """`randomised`, for tests that make adapters of their own."""
-    return randomised
-
-
-@pytest.fixture(scope="session")
-def role_folders(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> RoleFolders:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    root = tmp_path_factory.mktemp("roles")
-    folders = RoleFolders(root / "base", root / "sft", root / "reward")
-    tiny_llama.save_pretrained(folders.base)
-    causal = AutoModelForCausalLM.from_pretrained(folders.base)
-    sft = get_peft_model(causal, LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=LAYERS))
-    randomised(sft, seed=1).save_pretrained(folders.sft)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folders.base, num_labels=1)
-    reward = get_peft_model(classifier, LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=9, target_modules=LAYERS))
-    randomised(reward, seed=2).save_pretrained(folders.reward)
-    return folders
 
 
 class Oracle:
@@ -148,7 +108,7 @@ def make_roles(role_folders: RoleFolders) -> Callable[..., Any]:
 
     def make(temperature: float = TEMPERATURE, **changes: Any) -> Any:
         base, sft, reward = role_folders
-        cast = Cast(base=base, sft=sft, rewards={"r": reward}, critic_start=reward)
+        cast = Cast(base=base, sft=sft, rewards={"r": [reward]}, critic_start=reward)
         if changes.get("critic") == "shared":
             cast = replace(cast, critic_start=None)
         return Roles(replace(cast, **changes), torch.float32, temperature).double()
@@ -277,7 +237,7 @@ class Trial:
 
 @pytest.fixture(scope="session")
 def make_trial() -> Callable[..., Trial]:
-    """A trial of `roles` under `recipe`; `ptx` rows are mixed in."""
+    """A trial of `roles` under `recipe`; `ptx` rows are mixed in; reward models have recorded `metrics`."""
     from accelerate import Accelerator
 
     from stages.advantages import RunningScale
@@ -285,14 +245,16 @@ def make_trial() -> Callable[..., Trial]:
     from stages.sharding import Spread
     from stages.update import Updater
 
-    def make(roles: Any, recipe: Any, ptx: Sequence[Any] = (), pad_id: int = PAD) -> Trial:
+    def make(
+        roles: Any, recipe: Any, ptx: Sequence[Any] = (), pad_id: int = PAD, metrics: dict[str, float] | None = None
+    ) -> Trial:
         accelerator = Accelerator(cpu=True)
-        manifest = {"tokenizer_digest": "t", "chat_template_digest": "c"}
-        sft = SimpleNamespace(kind="adapter", base="b", manifest=manifest)
+        manifest: dict[str, Any] = {"tokenizer_digest": "t", "chat_template_digest": "c", "files": []}
+        sft = SimpleNamespace(ref="t/x:1", kind="adapter", base="b", manifest=manifest, metrics=metrics or {})
         run: Any = SimpleNamespace(
             recipe=recipe,
             state=SimpleNamespace(device=torch.device("cpu")),
-            inputs=SimpleNamespace(versions={"sft": sft, "reward": sft, "gold": sft}),
+            inputs=SimpleNamespace(versions=dict.fromkeys(("sft", "reward", "reward-1", "reward-2", "gold"), sft)),
             registry=None,
             dtype=torch.float32,
             say=print,

@@ -83,8 +83,8 @@ def test_activations_are_what_autograd_keeps(
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from stages.adapters import attach_new
-    from stages.lora import Acting
+    from baton.adapter_roles import attach_new
+    from baton.lora import Acting
 
     config = LlamaConfig(hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
                          num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=50)  # fmt: skip

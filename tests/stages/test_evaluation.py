@@ -178,3 +178,37 @@ def test_a_shortened_prompt_keeps_its_end_and_a_cut_reply_says_so() -> None:
     )
     assert "question" in screen.getvalue() and "beginning" not in screen.getvalue()
     assert "start […]" in screen.getvalue()
+
+
+def shaped_rows(scores: list[float], shaped: list[float], replies: list[str]) -> list[Judged]:
+    columns: dict[str, Any] = {"shaped": {"r": shaped}, "details": {"r/shaped": shaped, "r/deviation": [0.5] * 3}}
+    prompts = ["p", "q", "s"]
+    return judge(prompts, replies, {"r": scores}, {"r": 2.0}, [0.0] * 3, [1] * 3, [True] * 3, **columns)
+
+
+def test_raw_scores_and_shaped_ones_are_both_reported(tmp_path: Path) -> None:
+    """The total, by which steps are chosen, is made of the shaped ones."""
+    rows = shaped_rows([1.0, 2.0, 6.0], [0.5, 0.0, -2.0], ["a", "b", "c"])
+    assert [row.reward for row in rows] == [1.0, 0.0, -4.0]
+    found = summarise(rows)
+    assert found["eval/reward"] == -1.0 and found["eval/reward/r"] == 3.0
+    assert found["eval/reward/r/shaped"] == -0.5 and found["eval/reward/r/deviation"] == 0.5
+    write_samples(tmp_path / "samples.jsonl", 1, rows, rows, append=False)
+    line = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    assert line["rewards"] == {"r": 1.0} and line["details"] == {"r/shaped": 0.5, "r/deviation": 0.5}
+    with pytest.raises(FloatingPointError, match="shaped reward of a held-out reply is inf; prompt 'q'"):
+        shaped_rows([1.0, 2.0, 6.0], [0.5, float("inf"), -2.0], ["a", "b", "c"])
+
+
+def test_what_maps_a_prompts_scores_alike_leaves_the_win_rate() -> None:
+    """(score - 3) / 4, less another constant for each prompt: the scale of SFT's scores, and the reference's reply."""
+    ours, theirs = [1.0, 5.0, 2.0], [0.0, 7.0, 2.0]
+
+    def mapped(scores: list[float]) -> list[float]:
+        return [(score - 3.0) / 4.0 - at for at, score in enumerate(scores)]
+
+    plain = win_rate(shaped_rows(ours, ours, ["a", "b", "c"]), shaped_rows(theirs, theirs, ["d", "e", "f"]))
+    after = win_rate(
+        shaped_rows(ours, mapped(ours), ["a", "b", "c"]), shaped_rows(theirs, mapped(theirs), ["d", "e", "f"])
+    )
+    assert plain == after and plain["eval/win_rate"] == 0.5 and plain["eval/tie_rate"] == pytest.approx(1 / 3)

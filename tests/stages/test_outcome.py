@@ -22,7 +22,7 @@ def trained(role_folders: Any) -> Callable[..., Roles]:
 
     def make(**changes: Any) -> Roles:
         base, sft, reward = role_folders
-        cast = Cast(base=base, sft=sft, rewards={"r": reward}, critic_start=reward, **changes)
+        cast = Cast(base=base, sft=sft, rewards={"r": [reward]}, critic_start=reward, **changes)
         roles = Roles(cast, torch.float32, 1.0)
         with torch.no_grad():
             for parameter in roles.trained_parameters().values():

@@ -214,6 +214,7 @@ def test_every_policy_with_every_critic_is_published(
 
 
 RESUMED = [
+    "reward=[{model: 'tiny/reward:candidate', shape: reference, length_penalty: fitted, normalise: sft}]",
     "train.eval_every=1",
     "ppo.kl_target_nats=0.01",
     "ppo.normalise_reward=true",
@@ -245,8 +246,10 @@ def without_clocks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def test_goes_on_from_every_checkpoint_with_everything_that_changes(tiny_chain: Any, tmp_path: Path) -> None:
-    """Best weights, adaptive coefficient, running scales, alarms: as an uninterrupted run."""
+def test_goes_on_from_every_checkpoint_with_everything_that_changes(
+    tiny_chain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best weights, adaptive coefficient, running scales, alarms, the reference's scores: as an uninterrupted run."""
     (tmp_path / "whole").mkdir()
     whole = tiny_chain.unpublished("ppo", tmp_path / "whole")
     version = ppo.main(whole.recipe("ppo", *RESUMED))
@@ -262,11 +265,62 @@ def test_goes_on_from_every_checkpoint_with_everything_that_changes(tiny_chain: 
         shutil.copytree(whole.run_dir("ppo") / kept, copied.run_dir("ppo") / kept)
         for name in ("build.json", "metrics.jsonl", "samples.jsonl"):
             shutil.copy(whole.run_dir("ppo") / name, copied.run_dir("ppo") / name)
+        assert ("SFT's model answered" in capsys.readouterr().out) == (at == 1), "once, in the whole run"
         again = ppo.main(copied.recipe("ppo", *RESUMED))
         assert weights(again) == weights(version)
         assert without_clocks(copied.metrics("ppo")) == without_clocks(rows)
         ours, theirs = ((c.run_dir("ppo") / "samples.jsonl").read_text() for c in (copied, whole))
         assert ours == theirs
+    assert "SFT's model answered" not in capsys.readouterr().out
+
+
+SHAPING = {
+    "length_penalty": "length_penalty: 0.3",
+    "fitted": "length_penalty: fitted",
+    "shape": "shape: reference",
+    "normalise": "normalise: sft",
+    "deviation_penalty": "deviation_penalty: 0.5",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(shared_chain: Any) -> str:
+    """Two versions of one reward, the second with its head halved: what they are as an ensemble."""
+    from safetensors.torch import save_file
+
+    folder = shared_chain.root / "halved"
+    version = shared_chain.versions["reward"]
+    shutil.copytree(shared_chain.registry.materialise(version), folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = {key: item * (0.5 if key.endswith("score.weight") else 1.0) for key, item in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, path)
+    base = shared_chain.registry.resolve("tiny/base:main")
+    details = {"metrics": version.metrics}
+    other = shared_chain.registry.publish(folder, name="tiny/halved", kind="reward", base=base, details=details)
+    return f"models: ['{version.ref}', '{other.ref}']"
+
+
+@pytest.mark.parametrize("setting", SHAPING)
+def test_each_shaping_changes_what_is_published(
+    setting: str, short_run: Callable[..., Any], plain_runs: dict[tuple[str, ...], Any], pair: str
+) -> None:
+    """And is reported: the raw score, the shaped one, and of an ensemble each member and their deviation."""
+    origin = pair if setting == "deviation_penalty" else "model: 'tiny/reward:candidate'"
+    rewards = [f"reward=[{{{text}, name: r}}]" for text in (origin, f"{origin}, {SHAPING[setting]}")]
+    base = ("train.learning_rate=0.01", rewards[0])
+    if base not in plain_runs:
+        plain_runs[base] = short_run(*base)[0]
+    changed, rows = short_run(base[0], rewards[1])
+    assert weights(changed) != weights(plain_runs[base]), f"{setting} changes nothing"
+    for row in rows:
+        assert row["reward"] == pytest.approx(row["reward/r/shaped"], abs=1e-6)
+        if setting == "deviation_penalty":
+            assert row["reward/r"] == pytest.approx((row["reward/r/member_0"] + row["reward/r/member_1"]) / 2, abs=1e-6)
+            expected = row["reward/r"] - 0.5 * row["reward/r/deviation"]
+            assert row["reward/r/shaped"] == pytest.approx(expected, abs=1e-6)
+        elif setting == "length_penalty":
+            assert row["reward/r/shaped"] == pytest.approx(row["reward/r"] - 0.3 * row["length"], abs=1e-5)
 
 
 def test_the_best_step_within_the_budget_is_published(tiny_chain: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def outputs(roles: Roles, batch: MicroBatch) -> Rows:
     lengths, states = batch.is_response.sum(-1).tolist(), batch.is_state.sum(-1).tolist()
     with torch.no_grad():
         forward, reference = roles(batch), roles.logprobs(REFERENCE, batch)
-        scores = roles.scores("r", batch)
+        (scores,) = roles.scores("r", batch)
     for table, inside in (
         (forward.logprobs, batch.is_response),
         (forward.entropies, batch.is_response),
@@ -306,9 +306,9 @@ def test_several_rewards_on_one_base(
     other = get_peft_model(plain, LoraConfig(task_type="SEQ_CLS", r=1, target_modules=["q_proj"]))
     randomise(other, 9).save_pretrained(tmp_path)
     other.double().eval().config.pad_token_id = 2
-    roles = make_roles(rewards={"r": role_folders.reward, "an.other/name": tmp_path})
+    roles = make_roles(rewards={"r": [role_folders.reward], "an.other/name": [tmp_path]})
     batch = batch_of(episodes)
-    scores = roles.scores("an.other/name", batch)
+    (scores,) = roles.scores("an.other/name", batch)
     for score, episode in zip(scores, episodes, strict=True):
         with torch.no_grad():
             given = torch.tensor([episode.prompt + episode.reply.ids])
@@ -410,7 +410,7 @@ def test_scores_of_the_published_reward_model(tiny_chain: Any) -> None:
     from stages.rollout import Episode
 
     base, reward = tiny_chain.folder("pretrain"), tiny_chain.folder("reward")
-    cast = Cast(base=base, sft=tiny_chain.folder("sft"), rewards={"r": reward}, critic_start=reward)
+    cast = Cast(base=base, sft=tiny_chain.folder("sft"), rewards={"r": [reward]}, critic_start=reward)
     roles = Roles(cast, torch.float32, 1.0)
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     classifier.config.pad_token_id = 1
@@ -419,5 +419,5 @@ def test_scores_of_the_published_reward_model(tiny_chain: Any) -> None:
     batch = batch_of([Episode(0, prompt, Reply(reply, False)) for prompt, reply in rows], 1)
     with torch.no_grad():
         expected = [float(plain(input_ids=torch.tensor([prompt + reply])).logits) for prompt, reply in rows]
-        torch.testing.assert_close(roles.scores("r", batch), torch.tensor(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(roles.scores("r", batch), torch.tensor([expected]), rtol=0, atol=1e-5)
     assert len({round(score, 4) for score in expected}) == 3, "the head should tell the rows apart"

@@ -1,6 +1,7 @@
 """Episodes scored: rewards by component, foreign sources in their order, engines compared, bad numbers refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from baton.decode import Reply
 from baton.errors import UserError
 from reward.sample import RewardError
 from stages.prompts import PromptRow
+from stages.references import prompt_key
 from stages.rollout import Episode
 
 ROLLOUT = {"max_new_tokens": 6, "temperature": 0.7}
@@ -55,7 +57,7 @@ def test_a_source_gets_rows_in_their_order_with_everything(
             seen.extend(samples)
             return [float(sample.columns["answer"]) for sample in samples]
 
-    trial.scorer.sources["short"] = Source()
+    trial.scorer.sources["short"] = [Source()]
     found = trial.scorer.score(episodes, rows_of(episodes))
     assert by_episode(found, lambda s: s.rewards["short"]) == [float(e.index) for e in episodes]
     assert [sample.prompt[0]["content"] for sample in seen] == [str(e.index) for e in episodes]
@@ -75,7 +77,7 @@ def test_rewards_that_are_no_numbers_stop_with_the_row(
             return [float("inf") if at == 2 else 0.0 for at in range(len(samples))]
 
     plain = trial.scorer.sources["short"]
-    trial.scorer.sources["short"] = Source()
+    trial.scorer.sources["short"] = [Source()]
     with pytest.raises(RewardError, match=r"reward short: it gave inf.*\n  prompt: user: 2\n  response: "):
         trial.scorer.score(episodes, rows_of(episodes))
     trial.scorer.sources["short"] = plain
@@ -83,6 +85,97 @@ def test_rewards_that_are_no_numbers_stop_with_the_row(
         roles.reward_heads["reward_0"].weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="the reward r of '[0-9 ]+' is nan"):
         trial.scorer.score(episodes, rows_of(episodes))
+
+
+@pytest.fixture(scope="module")
+def second_member(role_folders: Any, randomise: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Another reward adapter on the base: its folder, and by peft alone the model in float64."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("second")
+    plain = AutoModelForSequenceClassification.from_pretrained(role_folders.base, num_labels=1)
+    model = get_peft_model(plain, LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=["v_proj"]))
+    randomise(model, 11).save_pretrained(folder)
+    model.double().eval().config.pad_token_id = 2
+    return folder, model
+
+
+PAIR = {"models": ["t/r:1", "t/r:2"], "name": "r"}
+
+
+@pytest.fixture
+def members(oracle: Any, second_member: Any, episodes: list[Any]) -> list[tuple[float, float]]:
+    """What both members say of each episode, by separate models."""
+    found = []
+    for e in episodes:
+        with torch.no_grad():
+            given = torch.tensor([e.prompt + e.reply.ids])
+            theirs = second_member[1](input_ids=given, use_cache=False).logits
+        found.append((oracle.score(e.prompt, e.reply.ids), float(theirs)))
+    return found
+
+
+@pytest.mark.parametrize("budget", [1, 16, 1000])
+def test_an_ensemble_is_its_mean_less_its_deviation(
+    budget: int, make_roles: Any, make_recipe: Any, make_trial: Any, episodes: list[Any], role_folders: Any,
+    second_member: Any, members: list[tuple[float, float]],
+) -> None:  # fmt: skip
+    """Of two members the population deviation is half their distance. Whatever the micro-batches are."""
+    roles = make_roles(rewards={"r": [role_folders.reward, second_member[0]]})
+    setting = PAIR | {"deviation_penalty": 1.5, "weight": 2.0}
+    recipe = make_recipe(reward=[setting], train={"tokens_per_micro_batch": budget})
+    trial = make_trial(roles, recipe)
+    assert trial.scorer.details == ["r/shaped", "r/deviation", "r/member_0", "r/member_1"]
+    found = trial.scorer.score(episodes, rows_of(episodes))
+    mean, half = [(a + b) / 2 for a, b in members], [abs(a - b) / 2 for a, b in members]
+    shaped = [m - 1.5 * h for m, h in zip(mean, half, strict=True)]
+    assert max(half) > 0.1
+    assert by_episode(found, lambda s: s.rewards["r"]) == pytest.approx(mean, abs=1e-8)
+    assert by_episode(found, lambda s: s.details["r/deviation"]) == pytest.approx(half, abs=1e-8)
+    assert by_episode(found, lambda s: s.details["r/member_1"]) == pytest.approx([b for _, b in members], abs=1e-8)
+    assert by_episode(found, lambda s: s.details["r/shaped"]) == pytest.approx(shaped, abs=1e-8)
+    assert by_episode(found, lambda s: s.total) == pytest.approx([2 * s for s in shaped], abs=1e-8)
+
+
+def test_an_ensemble_without_a_penalty_is_its_mean(
+    make_roles: Any, make_recipe: Any, make_trial: Any, episodes: list[Any], role_folders: Any, second_member: Any,
+    members: list[tuple[float, float]],
+) -> None:  # fmt: skip
+    roles = make_roles(rewards={"r": [role_folders.reward, second_member[0]]})
+    trial = make_trial(roles, make_recipe(reward=[PAIR]))
+    assert trial.scorer.details == ["r/deviation", "r/member_0", "r/member_1"]
+    found = trial.scorer.score(episodes, rows_of(episodes))
+    assert by_episode(found, lambda s: s.total) == pytest.approx([(a + b) / 2 for a, b in members], abs=1e-8)
+
+
+def test_length_reference_and_scale_in_their_order(
+    roles: Any, oracle: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]
+) -> None:
+    """Each prompt's reference scored 0.1 times the episode's number, less length already."""
+    setting = FIRST | {"length_penalty": "fitted", "shape": "reference", "normalise": "sft", "weight": 0.5}
+    records = {"sft/score_mean": 3.0, "sft/score_deviation": 2.0, "length/slope": 0.3, "length/mean": 4.0}
+    trial = make_trial(roles, make_recipe(reward=[setting]), metrics=records)
+    rows = rows_of(episodes)
+    with pytest.raises(KeyError):
+        trial.scorer.score(episodes, rows)
+    trial.scorer.references.scores = {prompt_key(row): {"r": [0.1 * at]} for at, row in enumerate(rows)}
+    found = trial.scorer.score(episodes, rows)
+    models = [oracle.score(e.prompt, e.reply.ids) for e in episodes]
+    shaped = [
+        (score - 0.3 * (len(e.reply.ids) - 4.0) - 0.1 * at) / 2.0
+        for at, (score, e) in enumerate(zip(models, episodes, strict=True))
+    ]
+    assert by_episode(found, lambda s: s.rewards["r"]) == pytest.approx(models, abs=1e-8)
+    assert by_episode(found, lambda s: s.details["r/shaped"]) == pytest.approx(shaped, abs=1e-8)
+    assert by_episode(found, lambda s: s.total) == pytest.approx([s / 2 for s in shaped], abs=1e-8)
+
+
+def test_a_rule_is_shaped_too(roles: Any, make_recipe: Any, make_trial: Any, episodes: list[Any]) -> None:
+    rule = RULE | {"weight": 1.0, "length_penalty": 0.25}
+    found = make_trial(roles, make_recipe(reward=[rule])).scorer.score(episodes, rows_of(episodes))
+    expected = [float(len(e.reply.ids) <= 3) - 0.25 * len(e.reply.ids) for e in episodes]
+    assert by_episode(found, lambda s: s.total) == pytest.approx(expected)
 
 
 def engines(episodes: list[Any], old: list[list[float]], shift: Callable[[int], float]) -> list[Any]:

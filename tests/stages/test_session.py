@@ -37,7 +37,7 @@ def move(session: Session, by: float = 0.02) -> None:
 def test_the_cast(chain: Any) -> None:
     cast = cast_of(Run.start(chain.recipe("ppo", "data.questions=[]")))
     assert cast.sft == chain.folder("sft") and cast.base == chain.folder("pretrain")
-    assert cast.rewards == {"reward": chain.folder("reward")} and cast.critic_start == chain.folder("reward")
+    assert cast.rewards == {"reward": [chain.folder("reward")]} and cast.critic_start == chain.folder("reward")
     assert (cast.policy, cast.critic, cast.lora) == ("adapter", "adapter", None)
     changes = ("data.questions=[]", "ppo.critic=shared", "policy=full", "publish_value=null")
     shared = cast_of(Run.start(chain.recipe("ppo", *changes)))
@@ -99,6 +99,124 @@ def test_the_same_noise_every_time_and_the_reference_once(session: Session, monk
     first, again = session.held_out.measure(), session.held_out.measure()
     assert first == again
     assert asked == [REFERENCE, POLICY, POLICY]
+
+
+@pytest.fixture(scope="module")
+def ensemble(chain: Any) -> str:
+    """A second reward version in the chain's registry: the first one's adapter, and as a member one with its head
+    turned round. Its records are made up."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    folder = chain.root / "ensemble"
+    shutil.copytree(chain.folder("reward"), folder)
+    (folder / "members" / "1").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, folder / "members" / "1" / name)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    turned = {key: -0.5 * item if key.endswith("score.weight") else item for key, item in tensors.items()}
+    save_file(turned, folder / "members" / "1" / "adapter_model.safetensors")
+    base = chain.registry.resolve("tiny/base:main")
+    records = {"sft/score_mean": 0.5, "sft/score_deviation": 0.25}
+    version = chain.registry.publish(folder, name="tiny/pair", kind="reward", base=base, details={"metrics": records})
+    assert json.loads((chain.registry.materialise(version) / "members/1/adapter_config.json").read_text())
+    return str(version.ref)
+
+
+def opened(chain: Any, *overrides: str) -> Session:
+    return Session.open(Run.start(chain.recipe("ppo", "data.questions=[]", "samples=0", *overrides)))
+
+
+def test_the_members_of_an_ensemble_are_aboard(chain: Any, ensemble: str) -> None:
+    """Its second member says -0.5 times what the first says; the critic starts from the first, in the new units."""
+    setting = f"reward=[{{model: '{ensemble}', deviation_penalty: 1.0, normalise: sft, weight: 2.0}}]"
+    session = opened(chain, setting)
+    cast = session.roles.cast
+    folder = chain.registry.materialise(chain.registry.resolve(ensemble))
+    assert cast.rewards == {"pair": [folder, folder / "members" / "1"]}
+    assert cast.critic_start == folder and cast.critic_weight == 2.0 / 0.25
+    metrics, rows = session.held_out.measure()
+    for row in rows:
+        first = row.details["pair/member_0"]
+        assert row.details["pair/member_1"] == pytest.approx(-0.5 * first, abs=1e-5)
+        assert row.rewards["pair"] == pytest.approx(0.25 * first, abs=1e-5)
+        # (first + -0.5 first) / 2 and 0.75 |first|, both in units of 0.25
+        shaped = (0.25 * first - 0.5) / 0.25 - 0.75 * abs(first) / 0.25
+        assert row.details["pair/shaped"] == pytest.approx(shaped, abs=1e-4)
+        assert row.reward == pytest.approx(2 * shaped, abs=1e-4)
+    assert {"eval/reward/pair", "eval/reward/pair/deviation", "eval/reward/pair/member_1_before"} <= set(metrics)
+    assert metrics["eval/win_rate"] == 0.5
+    session.engine.close()
+
+
+def test_members_that_are_not_aboard_are_combined_alike(chain: Any, ensemble: str) -> None:
+    """Without its template in common with the policy's, each member reads the same text on a base of its own."""
+    from reward.sources import checked_members, open_sources
+    from tests.reward.conftest import ROWS
+
+    version = chain.registry.resolve(ensemble)
+    setting = chain.recipe("ppo", f"reward=[{{model: '{ensemble}'}}]").rewards[0]
+    (source,) = open_sources(
+        setting,
+        registry=chain.registry,
+        versions=[version],
+        folder=chain.root,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_tokens=64,
+    )
+    first, second = checked_members(source, ROWS)
+    assert second == pytest.approx([-0.5 * score for score in first], abs=1e-6) and len(set(first)) == 3
+    assert source.score(ROWS) == pytest.approx([0.25 * score for score in first], abs=1e-6)
+
+
+def test_the_reference_replies_are_sfts_likeliest(chain: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scored once, less what length costs; what PPO optimises is the difference."""
+    from baton.decode import decode
+    from stages.micro_batch import make_micro_batch
+    from stages.references import prompts_of_run
+    from stages.rollout import Episode
+
+    session = opened(chain, "reward=[{model: 'tiny/reward:candidate', shape: reference, length_penalty: 0.5}]")
+    out = capsys.readouterr().out
+    used = prompts_of_run(session.run.recipe, session.prompts.train)
+    count = len({str((row.ids, row.columns)) for row in [*used, *session.prompts.eval]})
+    assert f"SFT's model answered {count} prompts with" in out and "scored by reward:" in out
+    assert len(session.scorer.references.scores) == count
+    row = session.prompts.eval[1]
+    with session.roles.acting_as(REFERENCE) as model:
+        (reply,) = decode(model, [row.ids], max_new_tokens=8, stop_ids=[session.tokenizer.eos_token_id], pad_id=0)
+    batch = make_micro_batch([Episode(0, row.ids, reply)], [0], 0)
+    expected = float(session.roles.scores("reward", batch)) - 0.5 * len(reply.ids)
+    assert session.scorer.references.of("reward", [row]) == [[pytest.approx(expected, abs=1e-5)]]
+    _, rows = session.held_out.measure()
+    found = rows[1]
+    assert found.reward == pytest.approx(found.rewards["reward"] - 0.5 * found.length - expected, abs=1e-5)
+    session.engine.close()
+
+
+@pytest.mark.parametrize(("steps", "known"), [(1, 8), (5, 20)])
+def test_only_prompts_that_a_step_takes_are_answered(steps: int, known: int, make_recipe: Any) -> None:
+    from stages.prompts import PromptRow
+    from stages.references import prompts_of_run
+    from stages.rollout import episode_prompts
+
+    rows = [PromptRow([], [at], {}) for at in range(20)]
+    recipe = make_recipe(train={"steps": steps, "warmup_steps": 0})
+    found = prompts_of_run(recipe, rows)
+    assert len(found) == known
+    assert {row.ids[0] for row in found} == set(episode_prompts(recipe.train.seed, 20, 0, steps * 8))
+
+
+def test_what_cannot_be_shaped_is_refused_before_weights_are_loaded(chain: Any) -> None:
+    for setting, said in (("deviation_penalty: 0", "is a single model"), ("normalise: sft", "has no sft/score_mean")):
+        recipe = chain.recipe("ppo", "data.questions=[]", f"reward=[{{model: 'tiny/bare:1', {setting}}}]")
+        base = chain.registry.resolve("tiny/base:main")
+        if "tiny/bare" not in chain.registry.models():
+            chain.registry.publish(chain.folder("reward"), name="tiny/bare", kind="reward", base=base, details={})
+        with pytest.raises(UserError, match=said):
+            cast_of(Run.start(recipe))
 
 
 def test_a_snapshot_is_a_copy(session: Session) -> None:
@@ -185,6 +303,7 @@ def test_what_is_saved_comes_back(session: Session, chain: Any) -> None:
     state.scale.add([2.0, 2.0, 9.0])
     state.best.offer(1, {"eval/reward": 2.0, "eval/kl_nats": 1.0})
     state.best_weights = {name: tensor + 1 for name, tensor in session.snapshot().items()}
+    session.scorer.references.scores = {"a prompt": {"reward": [0.1, 1 / 3]}}
     session.save()
     torch.rand(3)
     expected = torch.get_rng_state().clone()
@@ -199,6 +318,7 @@ def test_what_is_saved_comes_back(session: Session, chain: Any) -> None:
         (other.state.best_weights, state.best_weights),
     ):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert other.scorer.references.scores == {"a prompt": {"reward": [0.1, 1 / 3]}}
     shutil.rmtree(chain.run_dir("ppo"))
 
 

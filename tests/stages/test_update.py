@@ -364,7 +364,7 @@ def test_bfloat16_within_bounds(
 
     def gradient(dtype: torch.dtype, budget: int) -> torch.Tensor:
         base, sft, reward = role_folders
-        cast = Cast(base=base, sft=sft, rewards={"r": reward}, critic_start=reward)
+        cast = Cast(base=base, sft=sft, rewards={"r": [reward]}, critic_start=reward)
         roles = make_roles() if dtype is torch.float64 else Roles(cast, dtype, TEMPERATURE)
         trial = make_trial(roles, make_recipe({"epochs": 1}, {"tokens_per_micro_batch": budget}))
         found = with_gradients(trial)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from baton.errors import UserError
 from baton.registry import manifest as manifests
 from baton.registry import materialise
+from baton.registry.checks import adapter_configs
 from baton.registry.inspection import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from baton.registry.stores.files import storage_errors_are_user_errors
 from baton.registry.travel.card import HubModel, card
@@ -175,10 +176,10 @@ def _write_plain(registry: "Registry", version: Version, folder: Path, hub_base:
         (folder / entry["path"]).parent.mkdir(parents=True, exist_ok=True)
         materialise.copy_blob(registry.store, entry, folder / entry["path"])
     if version.base is not None and hub_base is not None:
-        config = folder / ADAPTER_CONFIG
         named = {"base_model_name_or_path": hub_base.repo_id, "revision": hub_base.commit}
-        settings = json.loads(config.read_bytes()) | named
-        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        for path in adapter_configs(entry["path"] for entry in version.manifest["files"]):
+            settings = json.loads((folder / path).read_bytes()) | named
+            (folder / path).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _open(repository: HubRepository, private: bool, branch: str) -> str:

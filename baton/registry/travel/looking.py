@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baton.adapters import member_folders
 from baton.errors import UserError
 from baton.registry import materialise, weights
 from baton.registry.checks import CheckFailed, check_tokenizer, named_base
@@ -85,9 +86,10 @@ class Sketches:
         if has_code(view, paths) and not manifest["architecture"].get("remote_code"):
             raise UserError("it brings code, and its manifest does not say so (architecture: remote_code).")
         if base is not None:
-            named = named_base(view)
-            if named is not None and named.startswith("baton:") and named != f"baton:{base.digest}":
-                raise CheckFailed("swapped-base", f"its adapter was trained on {named[6:]}, its base is {base.digest}.")
+            for named in filter(None, map(named_base, member_folders(view))):
+                if named.startswith("baton:") and named != f"baton:{base.digest}":
+                    told = f"its adapter was trained on {named[6:]}, its base is {base.digest}."
+                    raise CheckFailed("swapped-base", told)
             check_tokenizer(view, manifest["tokenizer_digest"], weights.read_header(view / ADAPTER_WEIGHTS), base)
 
     def _base_of(self, manifest: dict[str, Any]) -> Version | None:

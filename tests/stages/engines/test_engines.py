@@ -10,9 +10,10 @@ import torch
 from baton.decode import Reply
 from baton.errors import UserError
 from baton.ppo_sections import Rollout
+from baton.sampling import sample_replies
 from stages.engines import Engine, open_engine
 from stages.engines.agreement import check_engine
-from stages.rollout import sample_replies, sampling_noise
+from stages.rollout import sampling_noise
 
 PROMPTS = [[3, 4, 5], [7], [9, 9, 30, 9], [2, 40], [11], [1, 2, 3, 4, 5, 6]]
 STOPS = [1, 20]

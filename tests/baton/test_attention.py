@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from stages import attention
+from baton import attention
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
@@ -79,3 +79,44 @@ def test_autocast_is_left_before_the_backward_pass_needs_one_format() -> None:
     for mine, exact in zip(gradients, torch.autograd.grad(plain.sum(), given), strict=True):
         assert mine.dtype is torch.float32
         torch.testing.assert_close(mine, exact, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2)])
+def test_a_table_says_what_each_token_sees(heads: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    given = [
+        torch.randn(2, count, 7, 5, generator=generator, dtype=torch.float64) for count in (heads[0], *heads[1:] * 2)
+    ]
+    for tensor in given:
+        tensor.requires_grad_(True)
+    is_hidden = torch.rand(2, 1, 7, 7, generator=generator) < 0.4
+    is_hidden |= torch.ones(7, 7, dtype=torch.bool).triu(1)
+    is_hidden &= ~torch.eye(7, dtype=torch.bool)
+    table = torch.zeros(2, 1, 7, 7).masked_fill(is_hidden, -torch.inf)
+    before = table.clone()
+    query, key, value = given
+    ours = attention.short_causal_attention(query, key, value, 0.3, table)
+    theirs = scaled_dot_product_attention(query, key, value, attn_mask=~is_hidden, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    weights = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view(ours.shape)
+    for mine, plain in zip(
+        torch.autograd.grad((ours * weights).sum(), given),
+        torch.autograd.grad((theirs * weights).sum(), given),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-12)
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "takes"),
+    [
+        ({"_attn_implementation": "sdpa"}, True),
+        ({"_attn_implementation": "flash_attention_2"}, False),
+        ({"_attn_implementation": "sdpa", "sliding_window": 8}, False),
+        ({"_attn_implementation": "sdpa", "model_type": "bloom"}, False),
+    ],
+)
+def test_who_takes_tables(change: dict[str, Any], takes: bool) -> None:
+    config = SimpleNamespace(**({"model_type": "llama"} | change))
+    assert attention.takes_tables(SimpleNamespace(config=config), 9) is takes

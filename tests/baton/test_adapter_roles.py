@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from baton.adapter_roles import attach, attach_new, save_adapter
 from baton.adapters import lora_config_from, read_adapter
 from baton.errors import UserError
+from baton.lora import Acting, SharedLinear
 from baton.recipe import Lora
-from stages.adapters import attach, attach_new, save_adapter
-from stages.lora import Acting, SharedLinear
 
 IDS = torch.tensor([[3, 17, 1, 9, 40]])
 

@@ -1,6 +1,7 @@
 """Causal attention of short rows on a CPU, by plain products: cheaper than the fused kernel where gradients are wanted.
 
-B rows, h query heads, k key heads, L tokens, d head size. Padding is on the right, so causality is the only mask.
+B rows, h query heads, k key heads, L tokens, d head size. Padding is on the right, so causality is the only mask,
+unless a table (B, 1, L, L) of zeros and minus infinities, as of rows with branches, says what each token sees.
 """
 
 from __future__ import annotations
@@ -20,11 +21,23 @@ ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smol
 
 def choose_attention(model: Any, length: int) -> None:
     """Let the model's layers use the attention that suits rows of `length` tokens."""
-    config = model.config
+    if length <= SHORT and _is_plain(model.config, length):
+        model.config._attn_implementation = _registered()
+    # otherwise what the model was loaded with, which knows its windows, sinks and caps
+
+
+def takes_tables(model: Any, length: int) -> bool:
+    """Whether the model sees exactly what a table (B, 1, L, L) and position ids say, in rows of up to `length` tokens.
+
+    Not where a window, a bias by distance or a recurrence knows the tokens' places in the row.
+    """
+    plain_kernels = ("sdpa", "eager", NAME)
+    return _is_plain(model.config, length) and model.config._attn_implementation in plain_kernels
+
+
+def _is_plain(config: Any, length: int) -> bool:
     window = getattr(config, "sliding_window", None)
-    if length > SHORT or config.model_type not in ARCHITECTURES or (window and window < length):
-        return  # what the model was loaded with knows its windows, sinks and caps
-    config._attn_implementation = _registered()
+    return config.model_type in ARCHITECTURES and not (window and window < length)
 
 
 @lru_cache(maxsize=1)
@@ -51,22 +64,24 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query (B, h, L, d), key and value (B, k, L, d) -> (B, L, h, d), no weights."""
-    assert attention_mask is None and not dropout and query.shape[2] == key.shape[2], "whole rows, right-padded"
+    assert not dropout and query.shape[2] == key.shape[2], "whole rows, right-padded"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return short_causal_attention(query, key, value, scale).transpose(1, 2), None
+    return short_causal_attention(query, key, value, scale, attention_mask).transpose(1, 2), None
 
 
-def short_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """softmax(scale q k^T) v over the tokens up to each one's own: (B, h, L, d)."""
+def short_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, table: torch.Tensor | None = None
+) -> torch.Tensor:
+    """softmax(scale q k^T) v over the tokens up to each one's own, or those that `table` leaves: (B, h, L, d)."""
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         # once, here: the backward pass runs outside autocast and must find one number format
         narrow = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return short_causal_attention(query.to(narrow), key.to(narrow), value.to(narrow), scale)
+            return short_causal_attention(query.to(narrow), key.to(narrow), value.to(narrow), scale, table)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return _Attention.apply(query, key, value, scale)  # type: ignore[no-any-return,no-untyped-call]
-    return _weights(query, key, scale).bmm(_by_key_head(value, value)).view(query.shape)
+        return _Attention.apply(query, key, value, scale, table)  # type: ignore[no-any-return,no-untyped-call]
+    return _weights(query, key, scale, table).bmm(_by_key_head(value, value)).view(query.shape)
 
 
 def _by_key_head(tensor: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -74,12 +89,15 @@ def _by_key_head(tensor: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(key.shape[0] * key.shape[1], -1, tensor.shape[-1])
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def _weights(query: torch.Tensor, key: torch.Tensor, scale: float, table: torch.Tensor | None) -> torch.Tensor:
     """(B k, h/k L, L); softmax keeps float32 inside whatever the number format."""
     queries, keys = _by_key_head(query, key), _by_key_head(key, key)
-    mask = _future(key.shape[2], query.shape[1] // key.shape[1], query.dtype)
-    scores = torch.baddbmm(mask.expand(len(keys), -1, -1), queries, keys.mT, alpha=scale)
-    return scores.softmax(-1)
+    if table is None:
+        mask = _future(key.shape[2], query.shape[1] // key.shape[1], query.dtype)
+        return torch.baddbmm(mask.expand(len(keys), -1, -1), queries, keys.mT, alpha=scale).softmax(-1)
+    # laid out once, then added to in place; (B, h, L, L) is (B k, h/k L, L) in memory
+    scores = query.new_empty(*query.shape[:3], key.shape[2]).copy_(table).view(len(keys), -1, key.shape[2])
+    return scores.baddbmm_(queries, keys.mT, alpha=scale).softmax(-1)
 
 
 @lru_cache(maxsize=8)
@@ -93,9 +111,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        table: torch.Tensor | None,
     ) -> torch.Tensor:
-        weights = _weights(query, key, scale)
+        weights = _weights(query, key, scale, table)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale = scale
         return weights.bmm(_by_key_head(value, key)).view(query.shape)
@@ -110,4 +133,4 @@ class _Attention(torch.autograd.Function):
         nothing = to_scores.new_zeros(())
         to_query = torch.baddbmm(nothing, to_scores, keys, beta=0, alpha=ctx.scale).view(query.shape)
         to_key = torch.baddbmm(nothing, to_scores.mT, queries, beta=0, alpha=ctx.scale).view(key.shape)
-        return to_query, to_key, to_value, None
+        return to_query, to_key, to_value, None, None

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from baton.errors import UserError
+from baton.lora import Acting, Addition, SharedLinear
 from baton.recipe import Lora
-from stages.lora import Acting, Addition, SharedLinear
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,7 +29,7 @@ def attach(
     if config.get("peft_type") != "LORA" or unsupported:
         found = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
         raise UserError(
-            f"PPO shares one base between plain LoRA adapters; this one has {found}. Merge it first: baton get REF "
+            f"one base is shared between plain LoRA adapters; this one has {found}. Merge it first: baton get REF "
             "DIR --merge, then baton publish DIR --name TEAM/NAME --kind merged"
         )
     left = dict(tensors)
@@ -95,7 +95,7 @@ def _shared_layer(model: nn.Module, name: str, acting: Acting) -> SharedLinear:
     if isinstance(layer, SharedLinear):
         return layer
     if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise UserError(f"PPO's adapters sit on linear layers; {name} is a {type(layer).__name__}")
+        raise UserError(f"the adapters sit on linear layers; {name} is a {type(layer).__name__}")
     shared = SharedLinear(layer, acting)
     setattr(model.get_submodule(parent), last, shared)
     return shared

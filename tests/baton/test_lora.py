@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from stages.lora import Acting, Addition, SharedLinear
+from baton.lora import Acting, Addition, SharedLinear
 
 SCALE = 1.7
 

@@ -1,0 +1,247 @@
+"""transformers' Trainer on preference pairs: its optimizer, schedule, checkpoints and resume, with steps of our own.
+
+A step reads its whole batch of pairs at once and cuts it into micro-batches of like length by itself. So nothing is
+padded to the longest pair of a batch, a pair's prompt is computed once, and every process syncs once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from baton.errors import UserError
+from baton.recipe import RewardRecipe
+from baton.run import Run
+from baton.schedule import row_order
+from baton.training import Recorder, trainer_settings
+from reward.best import Best
+from reward.losses import pair_losses, targets
+from reward.members import Members
+from reward.pairs import Pair
+from reward.rows import groups, pair_rows, width
+
+WEIGHTS = "trained.safetensors"
+
+
+class PairTrainer(Trainer):
+    """Trains `members` on pairs, all in the same steps, each with its own order of the data and its own norm."""
+
+    def __init__(self, run: Run[RewardRecipe], members: Members, pairs: dict[str, list[Pair]]) -> None:
+        train = run.recipe.train
+        self.recipe, self.members, self.pairs, self.state_of_run = run.recipe, members, pairs, run.state
+        self.best = Best(len(members), train.patience)
+        longest = max(len(pair.chosen_ids) + len(pair.rejected_ids) for rows in pairs.values() for pair in rows)
+        self.shares_prompt = train.share_prompt and members.can_share_prompts(longest)
+        self._frozen_states: dict[tuple[str, int], torch.Tensor] = {}
+        self._tallies = torch.zeros(3)
+        per_process = train.pairs_per_batch // run.state.num_processes
+        settings = trainer_settings(run, train, train.pairs_per_batch, per_process)
+        # the members choose their number formats; autocast around everything would cast frozen weights at every use
+        settings["bf16"] = False
+        self.order = self.order_for(run.state.num_processes)
+        super().__init__(
+            model=members,
+            args=TrainingArguments(**settings),
+            train_dataset=self.order,  # type: ignore[arg-type]
+            data_collator=_batch,
+            callbacks=[Recorder(run, "reward", train.pairs_per_batch * len(members), "pairs"), HeldOut(self, run)],
+        )
+        self.remove_callback(PrinterCallback)
+        if self.accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise UserError(
+                f"reward training holds the whole model on every process; {self.accelerator.distributed_type} spreads "
+                "it over them. Start it without that configuration"
+            )
+
+    def order_for(self, num_processes: int) -> list[list[int]]:
+        """What a step's rows are, in training order: of each position the pair's number for each member.
+
+        Each process gets every n-th of a batch that stands longest first, so that all have as much to do.
+        """
+        train, count = self.recipe.train, len(self.pairs["train"])
+        lengths = [width(pair, self.shares_prompt) for pair in self.pairs["train"]]
+        orders = [
+            row_order(count, train.pairs_per_batch, train.steps, train.seed + number, lengths)
+            for number in range(len(self.members))
+        ]
+        dealt = [at for first in range(num_processes) for at in range(first, train.pairs_per_batch, num_processes)]
+        starts = range(0, train.steps * train.pairs_per_batch, train.pairs_per_batch)
+        return [[order[start + at] for order in orders] for start in starts for at in dealt]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Gradients of the loss over all pairs of all processes; returns that loss, the mean over members."""
+        reduced = torch.zeros(3, device=self.args.device)
+        active = [number for number in range(len(self.members)) if not self.best.is_finished(number)]
+        # the wrapper's hooks would sum gradients after every backward pass, and want as many on every process
+        with self.accelerator.no_sync(model=model):
+            for number in active:
+                reduced += self._backward(number, inputs["pairs"][:, number].tolist())
+        parameters = [p for number in active for p in self.members.parameters_of(number).values()]
+        self._sum_over_processes([reduced, *(p.grad for p in parameters if p.grad is not None)])
+        reduced /= len(active) * self.recipe.train.pairs_per_batch
+        self._tallies += torch.tensor([float(reduced[1]), float(reduced[2]), 1.0])
+        return reduced[0]
+
+    def _backward(self, number: int, rows: list[int]) -> torch.Tensor:
+        """Add this process's share of a member's gradients; returns its sums of loss, accuracy and margin (3,)."""
+        sums = torch.zeros(3, device=self.args.device)
+        for chosen, rejected, losses in self._passes("train", rows, number):
+            (losses.sum() / self.recipe.train.pairs_per_batch).backward()
+            sums += _sums(losses, chosen - rejected)
+        return sums
+
+    def _passes(
+        self, use: str, numbers: list[int], member: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(chosen, rejected, losses) of each micro-batch of the pairs `numbers`."""
+        pairs = [self.pairs[use][number] for number in numbers]
+        widths = [width(pair, self.shares_prompt) for pair in pairs]
+        rows_each = 1 if self.shares_prompt else 2
+        for group in groups(widths, rows_each, self.recipe.train.tokens_per_micro_batch):
+            states = self._states(use, [numbers[at] for at in group], member)
+            chosen, rejected = self.members.rewards(states, member)
+            yield chosen, rejected, self._losses([pairs[at] for at in group], chosen, rejected)
+
+    def _states(self, use: str, numbers: list[int], member: int) -> torch.Tensor:
+        """The last tokens' states (2, N, H); where nothing below the head is trained, each pair's are computed once."""
+        absent = [number for number in numbers if (use, number) not in self._frozen_states]
+        if absent:
+            pairs = [self.pairs[use][number] for number in absent]
+            rows = pair_rows(pairs, self.shares_prompt, self.members.pad_id, self.args.device)
+            if self.members.trained != "head":
+                return self.members.states(rows, member)
+            with torch.no_grad():
+                found = self.members.states(rows, member)
+            self._frozen_states |= {(use, number): found[:, at] for at, number in enumerate(absent)}
+        return torch.stack([self._frozen_states[use, number] for number in numbers], dim=1)
+
+    def _losses(self, pairs: list[Pair], chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        loss = self.recipe.loss
+        margin = torch.tensor([pair.margin or 0.0 for pair in pairs], device=chosen.device)
+        is_tie = torch.tensor([pair.is_tie for pair in pairs], device=chosen.device)
+        target = targets(is_tie, loss.label_smoothing)
+        return pair_losses(chosen, rejected, torch.where(is_tie, 0.0, margin), target, loss)
+
+    @torch.no_grad()
+    def held_out_losses(self) -> list[float]:
+        """Each member's mean Bradley-Terry loss on the held-out pairs, without what the recipe adds to it."""
+        rank, world = self.state_of_run.process_index, self.state_of_run.num_processes
+        mine = list(range(len(self.pairs["eval"])))[rank::world]
+        sums = torch.zeros(len(self.members), device=self.args.device)
+        for member in range(len(self.members)):
+            for chosen, rejected, _ in self._passes("eval", mine, member):
+                sums[member] += nn.functional.softplus(rejected - chosen).sum()
+        self._sum_over_processes([sums])
+        return (sums / len(self.pairs["eval"])).tolist()
+
+    def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
+        """In place, all of them in one message."""
+        if self.state_of_run.num_processes == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Each member's gradient by itself, so that a member trains as it would alone; returns the mean norm."""
+        norms = [
+            nn.utils.clip_grad_norm_(self.members.parameters_of(number).values(), self.args.max_grad_norm)
+            for number in range(len(self.members))
+            if not self.best.is_finished(number)
+        ]
+        return torch.stack(norms).mean()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the training pairs' accuracy and margin since the last time."""
+        if "loss" in logs and self._tallies[2]:
+            accuracy, margin = (self._tallies[:2] / self._tallies[2]).tolist()
+            logs = {**logs, "accuracy": accuracy, "margin": margin}
+            self._tallies.zero_()
+        super().log(logs, start_time)
+
+    def summary(self) -> dict[str, float]:
+        """For the manifest: at which step each member's kept weights were reached, where held-out losses chose them."""
+        steps = self.best.steps
+        if not any(steps):
+            return {}
+        names = [f"best_step/{number}" for number in range(len(steps))] if len(steps) > 1 else ["best_step"]
+        return dict(zip(names, map(float, steps), strict=True))
+
+    def keep_best(self) -> None:
+        """Give each member its best weights, where held-out losses were measured."""
+        for number, weights in enumerate(self.best.weights):
+            self._copy(number, weights)
+
+    def _copy(self, number: int, weights: dict[str, torch.Tensor]) -> None:
+        parameters = self.members.parameters_of(number)
+        with torch.no_grad():
+            for name, item in weights.items():
+                parameters[name].copy_(item)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Only what is trained, and the best so far: the base is in the registry."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        numbered = {
+            f"{number}.{name}": item.detach().cpu().contiguous()
+            for number in range(len(self.members))
+            for name, item in self.members.parameters_of(number).items()
+        }
+        save_file(numbered, folder / WEIGHTS)
+        self.best.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        weights = load_file(folder / WEIGHTS)
+        for number in range(len(self.members)):
+            start = f"{number}."
+            mine = {key.removeprefix(start): item for key, item in weights.items() if key.startswith(start)}
+            assert mine.keys() == self.members.parameters_of(number).keys(), "the checkpoint is another model's"
+            self._copy(number, mine)
+        self.best.load(folder)
+
+
+class HeldOut(TrainerCallback):
+    """Measures the held-out loss every `train.eval_every` steps, keeps the best weights, ends the training."""
+
+    def __init__(self, trainer: PairTrainer, run: Run[RewardRecipe]) -> None:
+        self.trainer, self.run = trainer, run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # only now: wrapping the model for several processes gives its weights new places
+        self.trainer.members.join()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        train, best, members = self.run.recipe.train, self.trainer.best, self.trainer.members
+        due = train.eval_every and (state.global_step % train.eval_every == 0 or state.global_step == train.steps)
+        if not due:
+            return
+        losses = self.trainer.held_out_losses()
+        for number, loss in enumerate(losses):
+            best.note(number, state.global_step, loss, members.parameters_of(number))
+        self.run.log(state.global_step, {"eval/loss": sum(losses) / len(losses)})
+        if best.all_finished:
+            self.run.say(f"no better held-out loss for {train.patience} measurements: training ends")
+            control.should_training_stop = True
+
+
+def _batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """(B, K): of each position of the batch the number of each member's pair."""
+    return {"pairs": torch.tensor(rows)}
+
+
+def _sums(losses: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+    """(3,): the sums of losses, of pairs ordered rightly (equal scores count half), of margins."""
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()
+    return torch.stack([losses.sum(), right.sum(), margin.sum()]).detach().float()
