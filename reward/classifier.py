@@ -166,5 +166,5 @@ def load_classifier(setting: str, folder: Path, dtype: torch.dtype) -> tuple[Any
 def _broken_up(text: str, special: list[str]) -> str:
     for token in special:
         # a zero-width space: the reader sees the same letters, the tokenizer another text
-        text = text.replace(token, f"{token[:1]}\u200b{token[1:]}")
+        text = text.replace(token, f"{token[:1]}\u200b{token[1:]}" if len(token) > 1 else "\ufffd")
     return text

@@ -21,7 +21,7 @@ from reward.sample import Sample, failure, shown
 # a server that was killed has a minute and a half to be started again, and then TIMEOUT_S an attempt to load its model
 BATCH_SIZE, TIMEOUT_S, RETRIES = 32, 30.0, 8
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-RETRIED_STATUS = (429, *range(500, 600))
+RETRIED_STATUS = (408, 429, *range(500, 600))
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -39,8 +39,8 @@ class EndpointSource:
     With `token_env`, the environment variable of that name holds a token that goes with every request, as
     Authorization: Bearer.
 
-    An endpoint that does not answer within `timeout_s` (30), cannot be reached, breaks off, or answers 429 or 5xx is
-    asked again up to `retries` (8) times, after 0.5, 1, 2, … at most 30 seconds, or what its Retry-After says if that
+    An endpoint that does not answer within `timeout_s` (30), cannot be reached, breaks off, or answers 408, 429 or 5xx
+    is asked again up to `retries` (8) times, after 0.5, 1, 2, … at most 30 seconds, or its Retry-After if that
     is longer; so the same batch may reach it more than once. Everything else is an error at once: another status
     (redirects included: a POST would lose its body), an answer that is not JSON or not of this form, or another number
     of rewards. Standard library only: the stack's own HTTP client has another name from one release of

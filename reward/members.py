@@ -181,6 +181,14 @@ class Members(nn.Module):
             model.config._attn_implementation, self._acting.role = before, None
         return found  # type: ignore[no-any-return]
 
+    def round_as_saved(self) -> None:
+        """Give a fully trained model the values that its file will hold: training held it in float32."""
+        if self.trained != "full":
+            return
+        dtype = _dtype_of(self.base_folder)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
     def save(self, number: int, folder: Path) -> None:
         """Write one member as a plain PEFT folder, or the fully trained model as a whole classifier."""
         if self.trained == "full":
@@ -203,11 +211,15 @@ def _merged(model: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(model, adapter, config=config).merge_and_unload()
 
 
-def _save_whole(model: Any, head: torch.Tensor, base: Path, folder: Path) -> None:
-    """Write the classifier in the number format of the base's own files: training held it in float32."""
+def _dtype_of(base: Path) -> torch.dtype:
     from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+    return AutoConfig.from_pretrained(base).dtype or torch.float32
+
+
+def _save_whole(model: Any, head: torch.Tensor, base: Path, folder: Path) -> None:
+    """Write the classifier in the number format of the base's own files: training held it in float32."""
+    dtype = _dtype_of(base)
     state = {name: item.detach().to(dtype) for name, item in model.state_dict().items()}
     state["score.weight"] = head.detach().to(dtype)
     before, model.config.dtype = model.config.dtype, dtype

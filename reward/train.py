@@ -56,10 +56,11 @@ def main(recipe: RewardRecipe) -> Version:
         seed=recipe.train.seed,
     )
     trainer = PairTrainer(run, members, pairs)
-    trainer.train(resume_from_checkpoint=drop_incomplete(run))
+    trainer.train_on(drop_incomplete(run))
     trainer.keep_best()
+    members.round_as_saved()  # what is measured is what is published
 
-    metrics: dict[str, Any] = dict(rows.facts)
+    metrics: dict[str, Any] = rows.facts | {f"data/{use}/pairs": len(pairs[use]) for use in ("train", "eval")}
     known: Knowledge | None = None
     if run.is_main:
         metrics |= trainer.summary()

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from baton.errors import UserError
-from baton.recipe import RewardRecipe
+from baton.recipe import PairLoss, RewardRecipe
 from baton.run import Run
 from baton.schedule import row_order
 from baton.training import Recorder, trainer_settings
@@ -39,7 +39,7 @@ class PairTrainer(Trainer):
         longest = max(len(pair.chosen_ids) + len(pair.rejected_ids) for rows in pairs.values() for pair in rows)
         self.shares_prompt = train.share_prompt and members.can_share_prompts(longest)
         self._frozen_states: dict[tuple[str, int], torch.Tensor] = {}
-        self._tallies = torch.zeros(3)
+        self._tallies = torch.zeros(3)  # right, margin, pairs that a side won
         per_process = train.pairs_per_batch // run.state.num_processes
         settings = trainer_settings(run, train, train.pairs_per_batch, per_process)
         # the members choose their number formats; autocast around everything would cast frozen weights at every use
@@ -78,7 +78,7 @@ class PairTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Gradients of the loss over all pairs of all processes; returns that loss, the mean over members."""
-        reduced = torch.zeros(3, device=self.args.device)
+        reduced = torch.zeros(4, device=self.args.device)
         active = [number for number in range(len(self.members)) if not self.best.is_finished(number)]
         # the wrapper's hooks would sum gradients after every backward pass, and want as many on every process
         with self.accelerator.no_sync(model=model):
@@ -86,29 +86,29 @@ class PairTrainer(Trainer):
                 reduced += self._backward(number, inputs["pairs"][:, number].tolist())
         parameters = [p for number in active for p in self.members.parameters_of(number).values()]
         self._sum_over_processes([reduced, *(p.grad for p in parameters if p.grad is not None)])
-        reduced /= len(active) * self.recipe.train.pairs_per_batch
-        self._tallies += torch.tensor([float(reduced[1]), float(reduced[2]), 1.0])
-        return reduced[0]
+        self._tallies += reduced[1:].cpu()
+        return reduced[0] / (len(active) * self.recipe.train.pairs_per_batch)
 
     def _backward(self, number: int, rows: list[int]) -> torch.Tensor:
-        """Add this process's share of a member's gradients; returns its sums of loss, accuracy and margin (3,)."""
-        sums = torch.zeros(3, device=self.args.device)
-        for chosen, rejected, losses in self._passes("train", rows, number):
+        """Add this process's share of a member's gradients; returns its sums, as `_sums` (4,)."""
+        sums = torch.zeros(4, device=self.args.device)
+        for chosen, rejected, pairs in self._passes("train", rows, number):
+            losses = _losses(pairs, chosen, rejected, self.recipe.loss)
             (losses.sum() / self.recipe.train.pairs_per_batch).backward()
-            sums += _sums(losses, chosen - rejected)
+            sums += _sums(losses, chosen - rejected, pairs)
         return sums
 
     def _passes(
         self, use: str, numbers: list[int], member: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(chosen, rejected, losses) of each micro-batch of the pairs `numbers`."""
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Pair]]]:
+        """(scores of chosen, of rejected, pairs) of each micro-batch of the pairs `numbers`."""
         pairs = [self.pairs[use][number] for number in numbers]
         widths = [width(pair, self.shares_prompt) for pair in pairs]
         rows_each = 1 if self.shares_prompt else 2
         for group in groups(widths, rows_each, self.recipe.train.tokens_per_micro_batch):
             states = self._states(use, [numbers[at] for at in group], member)
             chosen, rejected = self.members.rewards(states, member)
-            yield chosen, rejected, self._losses([pairs[at] for at in group], chosen, rejected)
+            yield chosen, rejected, [pairs[at] for at in group]
 
     def _states(self, use: str, numbers: list[int], member: int) -> torch.Tensor:
         """The last tokens' states (2, N, H); where nothing below the head is trained, each pair's are computed once."""
@@ -123,13 +123,6 @@ class PairTrainer(Trainer):
             self._frozen_states |= {(use, number): found[:, at] for at, number in enumerate(absent)}
         return torch.stack([self._frozen_states[use, number] for number in numbers], dim=1)
 
-    def _losses(self, pairs: list[Pair], chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        loss = self.recipe.loss
-        margin = torch.tensor([pair.margin or 0.0 for pair in pairs], device=chosen.device)
-        is_tie = torch.tensor([pair.is_tie for pair in pairs], device=chosen.device)
-        target = targets(is_tie, loss.label_smoothing)
-        return pair_losses(chosen, rejected, torch.where(is_tie, 0.0, margin), target, loss)
-
     @torch.no_grad()
     def held_out_losses(self) -> list[float]:
         """Each member's mean Bradley-Terry loss on the held-out pairs, without what the recipe adds to it."""
@@ -137,8 +130,8 @@ class PairTrainer(Trainer):
         mine = list(range(len(self.pairs["eval"])))[rank::world]
         sums = torch.zeros(len(self.members), device=self.args.device)
         for member in range(len(self.members)):
-            for chosen, rejected, _ in self._passes("eval", mine, member):
-                sums[member] += nn.functional.softplus(rejected - chosen).sum()
+            for chosen, rejected, pairs in self._passes("eval", mine, member):
+                sums[member] += _losses(pairs, chosen, rejected, PairLoss()).sum()
         self._sum_over_processes([sums])
         return (sums / len(self.pairs["eval"])).tolist()
 
@@ -163,18 +156,31 @@ class PairTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training pairs' accuracy and margin since the last time."""
         if "loss" in logs and self._tallies[2]:
-            accuracy, margin = (self._tallies[:2] / self._tallies[2]).tolist()
+            accuracy, margin = (self._tallies[:2] / self._tallies[2]).tolist()  # of pairs that a side won
             logs = {**logs, "accuracy": accuracy, "margin": margin}
             self._tallies.zero_()
         super().log(logs, start_time)
 
+    def train_on(self, checkpoint: str | None) -> None:
+        """Train, from `checkpoint` where there is one; one in which every member is finished already is the end."""
+        if checkpoint is not None:
+            self.best.load(Path(checkpoint))
+            if self.best.all_finished:
+                self._load_from_checkpoint(checkpoint)
+                self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+                return
+        self.train(resume_from_checkpoint=checkpoint)
+
     def summary(self) -> dict[str, float]:
-        """For the manifest: at which step each member's kept weights were reached, where held-out losses chose them."""
+        """For the manifest: at which step each member's kept weights were reached, where held-out losses chose them.
+
+        `eval/chosen_on` then says that what is measured on the held-out pairs is measured on what chose the weights.
+        """
         steps = self.best.steps
         if not any(steps):
             return {}
         names = [f"best_step/{number}" for number in range(len(steps))] if len(steps) > 1 else ["best_step"]
-        return dict(zip(names, map(float, steps), strict=True))
+        return dict(zip(names, map(float, steps), strict=True)) | {"eval/chosen_on": 1.0}
 
     def keep_best(self) -> None:
         """Give each member its best weights, where held-out losses were measured."""
@@ -241,7 +247,19 @@ def _batch(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"pairs": torch.tensor(rows)}
 
 
-def _sums(losses: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-    """(3,): the sums of losses, of pairs ordered rightly (equal scores count half), of margins."""
+def _is_tie(pairs: list[Pair], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([pair.is_tie for pair in pairs], device=like.device)
+
+
+def _losses(pairs: list[Pair], chosen: torch.Tensor, rejected: torch.Tensor, loss: PairLoss) -> torch.Tensor:
+    """(N,) of scores (N,). Which side of a tie is called the chosen one means nothing, and changes nothing."""
+    is_tie = _is_tie(pairs, chosen)
+    margin = torch.tensor([pair.margin or 0.0 for pair in pairs], device=chosen.device)
+    return pair_losses(chosen, rejected, torch.where(is_tie, 0.0, margin), targets(is_tie, loss.label_smoothing), loss)
+
+
+def _sums(losses: torch.Tensor, margin: torch.Tensor, pairs: list[Pair]) -> torch.Tensor:
+    """(4,): the sum of losses; of the pairs that a side won those in order (equal scores: half), margins, number."""
     right = (margin > 0).float() + 0.5 * (margin == 0).float()
-    return torch.stack([losses.sum(), right.sum(), margin.sum()]).detach().float()
+    won = (~_is_tie(pairs, margin)).float()
+    return torch.stack([losses.sum(), (right * won).sum(), (margin * won).sum(), won.sum()]).detach().float()

@@ -11,6 +11,7 @@ from baton.registry import Version
 from reward.combine import Shaping
 
 SFT_MEAN, SFT_DEVIATION = "sft/score_mean", "sft/score_deviation"
+SFT_TOKENS = "sft/tokens"
 LENGTH_SLOPE, LENGTH_MEAN = "length/slope", "length/mean"
 
 
@@ -45,6 +46,14 @@ def shaping_of(label: str, setting: RewardSource, versions: Sequence[Version], s
             centres += _centres(version, count, mean)
             scales += [deviation] * count
     slope, mean_tokens = _length(label, setting, versions, sft)
+    if slope and centres and setting.shape is None:
+        # what length takes off SFT's own replies goes from where they stand; their spread is left as recorded
+        tokens = [
+            number
+            for version, count in zip(versions, counts, strict=True)
+            for number in _recorded(label, version, "normalise: sft with length_penalty", SFT_TOKENS) * count
+        ]
+        centres = [centre - slope * (own - mean_tokens) for centre, own in zip(centres, tokens, strict=True)]
     return Shaping(
         members=members,
         deviation_penalty=setting.deviation_penalty or 0.0,

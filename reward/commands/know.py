@@ -37,9 +37,11 @@ def know_reward(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a reward model on preference pairs and write the report: accuracy, calibration, length, robustness."""
+    from baton.models import quieten
     from reward.knowledge.asking import Question, ask
     from reward.knowledge.findings import findings
 
+    quieten()
     sampled = (sft, samples, max_new_tokens) if sft is not None else None
     question = Question(tuple(data), data_format, limit, max_length, perturbed, sampled)
     known = ask(Registry(registry), ref, question, out, typer.echo if not as_json else lambda _: None)

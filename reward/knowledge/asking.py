@@ -44,7 +44,7 @@ def ask(
     if version.manifest["kind"] != "reward":
         raise UserError(
             f"{version.ref} is a {version.manifest['kind']} model, which gives no reward. Name a reward model; "
-            "`baton models` lists them"
+            "`baton list` shows what there is"
         )
     policy = registry.resolve(question.sampled[0]) if question.sampled else None
     if policy is not None and policy.manifest["tokenizer_digest"] != version.manifest["tokenizer_digest"]:

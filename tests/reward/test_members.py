@@ -157,3 +157,21 @@ def test_a_whole_model_is_saved_in_its_bases_number_format(role_folders: Any, tm
     with torch.no_grad():
         expected = [float(model(input_ids=torch.tensor([ids])).logits) for ids in sequences]
     torch.testing.assert_close(members.score(sequences)[0], torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_what_is_measured_of_a_whole_model_is_what_is_saved(role_folders: Any, tmp_path: Path) -> None:
+    """A base whose files are in bfloat16, trained and scored in float32."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(role_folders.base, dtype=torch.bfloat16).save_pretrained(base)
+    members = made(role_folders._replace(base=base), trained="full", dtype=torch.float32)
+    sequences = [item.chosen_ids for item in PAIRS]
+    unrounded = members.score(sequences)
+    members.round_as_saved()
+    members.save(0, tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = torch.tensor([float(model(input_ids=torch.tensor([ids])).logits) for ids in sequences])
+    torch.testing.assert_close(members.score(sequences)[0], expected, rtol=0, atol=1e-5)
+    assert float((unrounded[0] - expected).abs().max()) > 1e-4

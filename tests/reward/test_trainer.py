@@ -154,7 +154,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_training(make: Callable
 
     trainer.held_out_losses = measured  # type: ignore[method-assign]
     trainer.train()
-    assert trainer.state.global_step == 4 and trainer.summary() == {"best_step": 2.0}
+    assert trainer.state.global_step == 4 and trainer.summary() == {"best_step": 2.0, "eval/chosen_on": 1.0}
     trainer.keep_best()
     assert all(torch.equal(parameters[name], item) for name, item in seen[2].items())
     assert any(not torch.equal(parameters[name], item) for name, item in seen[4].items())
@@ -196,3 +196,33 @@ def test_an_ensemble_goes_on_from_a_checkpoint_bit_by_bit(make: Callable[..., Pa
         )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_run_that_had_ended_before_it_was_killed_is_not_trained_on(
+    make: Callable[..., PairTrainer], tmp_path: Path
+) -> None:
+    settings = ("train.steps=30", "train.eval_every=1", "train.patience=2", "train.save_every=1")
+    whole = make(*settings)
+    losses = [0.6, 0.5, 0.55, 0.7]
+    whole.held_out_losses = lambda: [losses[whole.state.global_step - 1]]  # type: ignore[method-assign]
+    whole.train_on(None)
+    whole.keep_best()
+    again = make(*settings)
+    again.train_on(str(tmp_path / "run" / "checkpoints" / "checkpoint-4"))
+    again.keep_best()
+    assert again.state.global_step == whole.state.global_step == 4 and again.summary() == whole.summary()
+    ours, theirs = again.members.parameters_of(0), whole.members.parameters_of(0)
+    assert all(torch.equal(ours[name], item) for name, item in theirs.items())
+
+
+def test_which_side_of_a_tie_comes_first_means_nothing(make: Callable[..., PairTrainer]) -> None:
+    trainer = make()
+    pairs = trainer.pairs["eval"]
+    pairs[:] = [Pair(**{**vars(pair), "is_tie": True}) for pair in pairs]
+    before = trainer.held_out_losses()
+    turned = [{"chosen_ids": pair.rejected_ids, "rejected_ids": pair.chosen_ids} for pair in pairs]
+    pairs[:] = [Pair(**{**vars(pair), **sides}) for pair, sides in zip(pairs, turned, strict=True)]
+    assert trainer.held_out_losses() == [pytest.approx(before[0], abs=1e-5)]
+    trainer.pairs["train"][:] = [Pair(**{**vars(pair), "is_tie": True}) for pair in trainer.pairs["train"]]
+    step(trainer)
+    assert trainer._tallies.tolist() == [0, 0, 0]  # nothing of accuracy and margin, which are of pairs that a side won

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from baton.errors import UserError
 from baton.ppo_sections import RewardSource
@@ -95,3 +96,14 @@ def test_by_reference() -> None:
 def test_what_cannot_be_done_is_refused(versions: list[Any], setting: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         made(*versions, **setting)
+
+
+def test_where_sfts_replies_stand_follows_the_length_penalty() -> None:
+    """SFT's replies of 20 tokens lose -0.25 x (20 - 12) = -2: so their mean 1.5 has become 3.5."""
+    records = RECORDS | {"sft/tokens": 20.0}
+    found = made(version(**records), length_penalty="fitted", normalise="sft")
+    assert found.centres == (3.5,) and found.scales == (0.5,)
+    tokens, scores = torch.tensor([20.0]), torch.tensor([[1.5]])
+    assert found.each(scores, tokens, None).tolist() == [[0.0]]
+    with pytest.raises(UserError, match="has no sft/tokens"):
+        made(version(**RECORDS), length_penalty=0.1, normalise="sft")
