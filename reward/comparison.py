@@ -149,6 +149,11 @@ def compare(
     """
     from baton.sampling import can_answer, reply_logprobs
 
+    # now: an alias may mean another version when the samples are drawn
+    labels = {
+        name: registry.resolve(setting.model).ref if setting.model else str(setting.function or setting.url)
+        for name, setting in rewards.items()
+    }
     judges = {name: _open(registry, setting) for name, setting in rewards.items()}
     model, tokenizer = _load(registry, sft)
     rows = [row for row in rows if can_answer(model, tokenizer, row["prompt"], settings.max_new_tokens)]
@@ -174,10 +179,6 @@ def compare(
         BestOf(n, best_of_kl(n), {name: Mean.of(curve[:, n - 1]) for name, curve in curves.items()})
         for n in range(1, settings.samples + 1)
     ]
-    labels = {
-        name: registry.resolve(setting.model).ref if setting.model else str(setting.function or setting.url)
-        for name, setting in rewards.items()
-    }
     return Comparison(
         sft=sft.ref,
         reward=labels["proxy"],

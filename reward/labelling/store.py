@@ -168,12 +168,12 @@ class Store:
                 f"{self.path} line {number} {fault}; expected a judgement of `baton label`. Mend that line, or name "
                 "another --out"
             ) from None
-        if judgement.pair in self._mine(judgement.annotator):
+        if (earlier := self._mine(judgement.annotator).pop(judgement.pair, None)) is not None:
+            self._entries.remove(earlier)
             self.notes.append(
                 f"{self.path} line {number}: {judgement.annotator} judged the pair {judgement.pair} before, and here "
-                "again; the first judgement counts on the page, both are in the file"
+                "again; the last judgement counts, here as in training, and both are in the file"
             )
-            return
         self._keep(_Entry(judgement, start, start + len(line)))
 
     def _mine(self, annotator: str) -> dict[str, _Entry]:

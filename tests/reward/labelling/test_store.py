@@ -117,7 +117,7 @@ def test_a_pair_judged_twice_by_hand_is_said(out: Path) -> None:
     out.write_bytes(line(1) + line(1, choice="second"))
     store = Store(out)
     assert "line 2: ann judged the pair p1 before" in store.notes[0]
-    assert [j.choice for j in store.judgements()] == ["first"]
+    assert [j.choice for j in store.judgements()] == ["second"]  # as training reads it
     store.close()
 
 
