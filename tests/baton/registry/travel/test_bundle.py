@@ -16,7 +16,7 @@ from baton.errors import UserError
 from baton.registry import Registry
 from baton.registry.travel import bundle, transfer
 from baton.registry.trust import attestations, policy
-from tests.baton.registry.conftest import overwrite, paths
+from tests.baton.registry.conftest import overwrite, paths, store_kind_of
 from tests.baton.registry.travel.made_up import FILES, TOKENIZER, add, add_family, weights
 
 ROOT = Path(__file__).parents[4]
@@ -221,7 +221,8 @@ def test_memory_stays_flat(registry: Registry, new_location: Callable[[str], str
     command = [sys.executable, "-c", script, registry.location, *places]
     said = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
     before_kib, after_kib = map(int, said.split())
-    assert (after_kib - before_kib) * 1024 < size * 3 / 4
+    most = {"folder": size / 6, "s3": size * 3 / 4}[store_kind_of(registry)]  # S3 is read eight ranges ahead
+    assert (after_kib - before_kib) * 1024 < most
     for place in places[1:]:
         assert [Registry(place).resolve(ref).digest for ref in ("team/small:1", "team/large:1")] == [
             small.digest,
