@@ -12,6 +12,7 @@ import torch
 from baton.adapters import member_folders
 from baton.decode import PREFILL_TOKENS
 from baton.errors import UserError
+from baton.logprobs import TILES
 from baton.models import base_folder, load_tokenizer
 from baton.questions import ask, load_questions
 from baton.recipe import PPORecipe
@@ -24,7 +25,6 @@ from stages.estimate import BatchPlan, Shape, Weights, available_bytes, estimate
 from stages.evaluation import Best, Judged, sample_table, trim_samples, write_samples
 from stages.held_out import HeldOut
 from stages.kl import KLCoefficient
-from stages.logprobs import TILES
 from stages.outcome import publish
 from stages.ppo_checkpoint import (
     load_checkpoint,

@@ -75,12 +75,16 @@ def write_pairs(args: argparse.Namespace, folder: Path) -> None:
 
     from baton.chat import encode_scored
     from baton.data.formats import convert
+    from baton.data.turns import Unusable
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     kept: list[str] = []
     with gzip.open(args.data, "rt") if args.data.suffix == ".gz" else args.data.open() as file:
         for line in file:
-            (row,) = convert(json.loads(line), "hh", "preference")
+            try:
+                (row,) = convert(json.loads(line), "hh", "preference")
+            except Unusable:
+                continue
             sides = [encode_scored(tokenizer, row["prompt"] + row[side]) for side in ("chosen", "rejected")]
             if max(map(len, sides)) <= args.max_length:
                 kept.append(line)

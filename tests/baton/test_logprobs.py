@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages import logprobs as module
-from stages.logprobs import token_logprobs
+from baton import logprobs as module
+from baton.logprobs import token_logprobs
 
 TEMPERATURE = 0.7
 
