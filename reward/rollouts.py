@@ -54,12 +54,10 @@ class _Speaker:
     @classmethod
     def load(cls, registry: Registry, version: Version) -> _Speaker:
         """On the GPU where there is one."""
-        import torch
-
         from baton.models import load_policy
 
         model, tokenizer = load_policy(registry, version)
-        return cls(version, model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        return cls(version, model.to(_device()), tokenizer)
 
 
 def read_prompts(path: str, file_format: str | None = None, limit: int | None = None) -> tuple[list[Messages], str]:
@@ -259,7 +257,14 @@ def _locked(file: IO[bytes], out: Path) -> Iterator[None]:
 def _facts(versions: Sequence[Version], prompts: Sequence[Messages], settings: Settings) -> dict[str, Any]:
     """What the bytes of a file follow from."""
     models = [f"{version.ref}@{version.digest}" for version in versions]
-    return {"models": models, "prompts": _digest(list(prompts)), **asdict(settings)}
+    return {"models": models, "prompts": _digest(list(prompts)), **asdict(settings), "device": _device()}
+
+
+def _device() -> str:
+    """A GPU's sums differ from a CPU's in their last bits, and so, now and then, does a sampled token."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _canonical(value: Any) -> str:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reward.knowledge.accuracy import wilson
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-Z_95 = 1.959963984540054
-"""The normal quantile of a two-sided 95% interval."""
 SHOWN_CHARACTERS = 240
 """A text of the printed table is shortened to so many; samples.jsonl holds all of it."""
 
@@ -123,13 +123,6 @@ def win_rate(policy: Sequence[Judged], reference: Sequence[Judged]) -> dict[str,
         "eval/win_rate_high": high,
         "eval/tie_rate": ties / len(policy),
     }
-
-
-def wilson(rate: float, count: int) -> tuple[float, float]:
-    """Wilson's score interval (95%) of a share `rate` seen in `count` trials."""
-    spread = Z_95 * math.sqrt(rate * (1 - rate) / count + Z_95**2 / (4 * count**2))
-    middle, scale = rate + Z_95**2 / (2 * count), 1 + Z_95**2 / count
-    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
 
 
 class Best:

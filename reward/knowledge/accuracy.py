@@ -31,7 +31,7 @@ def points(margin: torch.Tensor) -> torch.Tensor:
     return (margin > 0).double() + 0.5 * (margin == 0).double()
 
 
-def wilson(rate: float, count: int) -> tuple[float, float]:
+def wilson(rate: float, count: float) -> tuple[float, float]:
     """Wilson's score interval (95%) of a share `rate` seen in `count` > 0 trials. Wilson 1927.
 
     Half points vary less than whole ones, so with equal scores it is a little too wide, never too narrow.
@@ -42,19 +42,49 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
     return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
 
 
-def share(given: torch.Tensor) -> Share:
-    """The share of points `given` (N,), each in [0, 1], N > 0."""
+def share(given: torch.Tensor, clusters: Sequence[str] | None = None) -> Share:
+    """The share of points `given` (N,), each in [0, 1], N > 0.
+
+    clusters: N labels; points of one cluster may go together, as pairs about one prompt do, and the interval then
+    counts as many trials as they are worth.
+    """
     rate = min(max(float(given.double().mean()), 0.0), 1.0)
-    return Share(rate, *wilson(rate, len(given)), len(given))
+    worth = len(given) if clusters is None else effective_count(given, clusters)
+    return Share(rate, *wilson(rate, worth), len(given))
 
 
-def by_group(given: torch.Tensor, groups: Sequence[str]) -> dict[str, Share]:
-    """The share of points (N,) in each of `groups` (N labels), in the order in which the groups first occur."""
-    assert len(given) == len(groups), (len(given), len(groups))
+def effective_count(given: torch.Tensor, clusters: Sequence[str]) -> float:
+    """How many independent points (N,) are worth, N over the design effect. Kish 1965; Korn and Graubard 1998.
+
+    The design effect is the variance of the mean when whole clusters are drawn, over that when points are; never below
+    1, for a cluster's points that differ from each other by chance must not narrow the interval.
+    """
+    assert len(given) == len(clusters) > 0, (len(given), len(clusters))
+    labels = {label: at for at, label in enumerate(dict.fromkeys(clusters))}
+    off = given.double() - given.double().mean()
+    sums = torch.zeros(len(labels), dtype=torch.double)
+    sums.index_add_(0, torch.tensor([labels[label] for label in clusters]), off)
+    alone = float(off.square().sum())
+    return len(given) / max(float(sums.square().sum()) / alone, 1.0) if alone else float(len(given))
+
+
+def by_group(given: torch.Tensor, groups: Sequence[str], clusters: Sequence[str]) -> dict[str, Share]:
+    """The share of points (N,) in each of `groups` (N labels), in the order in which the groups first occur.
+
+    clusters: N labels, as `share` has them.
+    """
+    assert len(given) == len(groups) == len(clusters), (len(given), len(groups), len(clusters))
     members: dict[str, list[int]] = {}
     for at, group in enumerate(groups):
         members.setdefault(group, []).append(at)
-    return {group: share(given[torch.tensor(rows)]) for group, rows in members.items()}
+    return {
+        group: share(given[torch.tensor(rows)], [clusters[row] for row in rows]) for group, rows in members.items()
+    }
+
+
+def prompt_clusters(pairs: Sequence[Pair]) -> list[str]:
+    """Of each pair, what its dialogue begins with: pairs of one prompt, or of one dialogue's turns, go together."""
+    return [str(next((m["content"] for m in pair.prompt if m["role"] == "user"), "")) for pair in pairs]
 
 
 def turn_groups(pairs: Sequence[Pair]) -> list[str]:

@@ -167,7 +167,8 @@ def measure(
     margins = (chosen - rejected).double()
     margin = margins.mean(0)
     given, matched = accuracy.points(margin), is_matched(lengths)
-    whole = accuracy.share(given)
+    clusters = accuracy.prompt_clusters(pairs)
+    whole = accuracy.share(given, clusters)
     bins = calibration.reliability(margin, given)
     found: dict[str, float | None] = {
         "eval/pairs": whole.count,
@@ -188,7 +189,7 @@ def measure(
         "eval/error_auroc": ensemble.auroc(-margin.abs(), given < 1),
     }
     if matched.any():
-        like = accuracy.share(given[matched])
+        like = accuracy.share(given[matched], [clusters[at] for at in matched.nonzero().flatten().tolist()])
         found |= {
             "eval/accuracy_matched": like.rate,
             "eval/accuracy_matched_low": like.low,
@@ -211,22 +212,24 @@ def measure(
 def accuracy_by_group(margin: torch.Tensor, pairs: Sequence[Pair]) -> dict[str, dict[str, Share]]:
     """Accuracy by source, turns, annotated margin (of the pairs that have one) and the reward's own |margin| (N,)."""
     given = accuracy.points(margin)
+    clusters = accuracy.prompt_clusters(pairs)
     found = {
-        "source": accuracy.by_group(given, [pair.source for pair in pairs]),
-        "turns": dict(sorted(accuracy.by_group(given, accuracy.turn_groups(pairs)).items())),
+        "source": accuracy.by_group(given, [pair.source for pair in pairs], clusters),
+        "turns": dict(sorted(accuracy.by_group(given, accuracy.turn_groups(pairs), clusters).items())),
     }
     graded = [at for at, pair in enumerate(pairs) if pair.margin is not None]
     if graded:
-        found["margin"] = _by_number([float(pairs[at].margin or 0.0) for at in graded], given[torch.tensor(graded)])
-    found["score margin"] = _by_number(margin.abs().tolist(), given)
+        margins = [float(pairs[at].margin or 0.0) for at in graded]
+        found["margin"] = _by_number(margins, given[torch.tensor(graded)], [clusters[at] for at in graded])
+    found["score margin"] = _by_number(margin.abs().tolist(), given, clusters)
     return found
 
 
-def _by_number(values: list[float], given: torch.Tensor) -> dict[str, Share]:
+def _by_number(values: list[float], given: torch.Tensor, clusters: list[str]) -> dict[str, Share]:
     """Shares of points by a number, from the lowest."""
     groups = accuracy.number_groups(values)
     lowest = {group: min(v for v, g in zip(values, groups, strict=True) if g == group) for group in set(groups)}
-    shares = accuracy.by_group(given, groups)
+    shares = accuracy.by_group(given, groups, clusters)
     return {group: shares[group] for group in sorted(shares, key=lambda group: lowest[group])}
 
 

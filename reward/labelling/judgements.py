@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from reward.labelling.questions import Question, content_digest
 
 Choice = Literal["first", "second", "tie", "bad", "skip"]  # of the replies as they were shown
-Outcome = Literal["a", "b", "tie", "bad", "skip"]  # of the replies as the file has them
+Outcome = Literal["a", "b", "tie", "bad", "skip"]  # a: the reply whose text sorts first, however a file orders them
 CHOICES: tuple[str, ...] = get_args(Choice)
 
 
@@ -76,7 +76,12 @@ def read_line(line: bytes) -> Judgement:
         raise NoJudgement("has no `choice` and `shown`")
     outcome: Outcome = choice
     if choice in ("first", "second"):
-        outcome = "a" if (choice == "first") == (row["shown"] == "ab") else "b"
+        # not by the places a and b: a file that comes back with its replies swapped must not turn verdicts round
+        outcome = "a" if _text(row["chosen"]) <= _text(row["rejected"]) else "b"
     content = content_digest(row["prompt"], row["chosen"], row["rejected"])
     identity = hashlib.sha256(line.strip()).hexdigest()[:24]
     return Judgement(identity, row["pair"], row["annotator"], choice, outcome, content)
+
+
+def _text(messages: list[Any]) -> str:
+    return json.dumps(messages, sort_keys=True)

@@ -17,7 +17,7 @@ from baton.errors import UserError
 from baton.recipe import Source
 from reward.commands import label
 from reward.labelling.judgements import make_line, read_line
-from reward.labelling.questions import Asked
+from reward.labelling.questions import Asked, Question
 from reward.labelling.server import Settings, serve
 from reward.labelling.store import Store
 from tests.reward.labelling.conftest import question, rows_of
@@ -120,6 +120,14 @@ def test_a_line_says_what_was_chosen(choice: Any, is_swapped: bool) -> None:
     assert (row["chosen"][0]["content"] == "right 1") == (found.outcome == "b")
     assert (row["digests"]["chosen"] == "sha256:bb") == (found.outcome == "b")
     assert line.isascii() or json.loads(line) == row
+
+
+def test_a_file_that_comes_back_with_its_replies_swapped_turns_no_verdict_round() -> None:
+    asked = question(1)
+    turned = Question(asked.id, asked.prompt, asked.b, asked.a)
+    ann, bo = make_line(asked, "ann", "first", False), make_line(turned, "bo", "second", False)  # both prefer asked.a
+    assert read_line(ann).outcome == read_line(bo).outcome == "a"
+    assert read_line(make_line(turned, "bo", "first", False)).outcome == "b"
 
 
 def test_training_reads_the_file_as_it_is(out: Path, tmp_path: Path) -> None:
