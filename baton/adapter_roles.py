@@ -47,21 +47,23 @@ def attach(
 
 
 def attach_new(model: nn.Module, role: str, lora: Lora, acting: Acting, seed: int) -> dict[str, Any]:
-    """Give `role` a new LoRA that adds nothing yet (up = 0); returns its PEFT configuration.
+    """Give `role` a new plain LoRA that adds nothing yet (up = 0); returns its PEFT configuration.
 
     `down` is drawn as PEFT draws it (Kaiming-uniform with a = sqrt 5) from a generator of its own.
     """
     from baton.adapters import new_lora_config
 
+    assert not lora.dora, "shared layers add products of two factors"
     generator = torch.Generator().manual_seed(seed)
     names = _targets(model, lora)
+    scale = lora.alpha / (math.sqrt(lora.r) if lora.rank_stabilised else lora.r)
     for name in names:
         layer = _shared_layer(model, name, acting)
         weight: Any = layer.base.weight
         out, size = weight.shape if isinstance(layer.base, nn.Linear) else weight.shape[::-1]
         bound = 1 / math.sqrt(size)
         down = (torch.rand(lora.r, size, generator=generator) * 2 - 1) * bound
-        layer.add(role, Addition(down, torch.zeros(out, lora.r), lora.alpha / lora.r))
+        layer.add(role, Addition(down, torch.zeros(out, lora.r), scale))
     config = new_lora_config(lora).to_dict()
     return config | {"target_modules": sorted({name.rpartition(".")[2] for name in names})}
 
@@ -119,7 +121,7 @@ def _targets(model: nn.Module, lora: Lora) -> list[str]:
     for name, module in model.named_modules():
         plain = name.removesuffix(".base")
         inner = module.base if isinstance(module, SharedLinear) else module
-        if not isinstance(inner, (nn.Linear, Conv1D)) or inner is head or name != plain:
+        if not isinstance(inner, (nn.Linear, Conv1D)) or inner is head or name != plain or plain == "score":
             continue
         if lora.targets == "all-linear" or plain.rpartition(".")[2] in lora.targets or plain in lora.targets:
             found.append(plain)

@@ -30,6 +30,8 @@ def new_lora_config(lora: Lora) -> LoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        use_dora=lora.dora,
+        use_rslora=lora.rank_stabilised,
         task_type="CAUSAL_LM",
     )
 

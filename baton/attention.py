@@ -7,14 +7,18 @@ unless a table (B, 1, L, L) of zeros and minus infinities, as of rows with branc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 NAME = "baton_short_causal"
-SHORT = 512
-"""Up to about this many tokens a row it is the faster way: beyond, the table of L x L weights costs too much."""
+SHORT = 1024
+"""Up to about this many tokens a row it is the faster way: beyond, the weights that are kept cost too much memory."""
+WHOLE = 512
+"""Longer rows are computed by blocks of queries, each with the keys up to its own: half of L x L is never needed."""
+BLOCK = 256
 ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3"}
 """Decoders whose attention is a plain softmax of scaled products, with a sliding window perhaps."""
 
@@ -81,6 +85,8 @@ def short_causal_attention(
             return short_causal_attention(query.to(narrow), key.to(narrow), value.to(narrow), scale, table)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(query, key, value, scale, table)  # type: ignore[no-any-return,no-untyped-call]
+    if table is None and query.shape[2] > WHOLE:
+        return _in_blocks(query, key, value, scale)[0]
     return _weights(query, key, scale, table).bmm(_by_key_head(value, value)).view(query.shape)
 
 
@@ -106,6 +112,49 @@ def _future(length: int, group: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((length, length), -math.inf, dtype=dtype).triu(1).repeat(group, 1)
 
 
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+
+
+def _in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output (B, h, L, d), and of each block of n queries the weights (B k, h/k n, keys up to the last query)."""
+    keys, values = _by_key_head(key, key), _by_key_head(value, key)
+    out, kept, group = torch.empty_like(query), [], query.shape[1] // key.shape[1]
+    for start, end in _blocks(query.shape[2]):
+        queries = _by_key_head(query[:, :, start:end], key)
+        mask = _future(end, 1, query.dtype)[start:].repeat(group, 1)
+        weights = torch.baddbmm(mask.expand(len(keys), -1, -1), queries, keys[:, :end].mT, alpha=scale).softmax(-1)
+        out[:, :, start:end] = weights.bmm(values[:, :end]).view(out[:, :, start:end].shape)
+        kept.append(weights)
+    return out, kept
+
+
+def _back_through_blocks(
+    given: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; those of keys and values are summed over the blocks in float32."""
+    keys, values = _by_key_head(key, key), _by_key_head(value, key)
+    to_query = torch.empty_like(query)
+    wide = torch.promote_types(key.dtype, torch.float32)
+    to_keys, to_values = (torch.zeros(keys.shape, dtype=wide, device=keys.device) for _ in range(2))
+    nothing = keys.new_zeros(())
+    for (start, end), weights in zip(_blocks(query.shape[2]), kept, strict=True):
+        queries, grown = (_by_key_head(tensor[:, :, start:end], key) for tensor in (query, given))
+        to_values[:, :end] += weights.mT.bmm(grown)
+        to_scores = torch._softmax_backward_data(grown.bmm(values[:, :end].mT), weights, -1, weights.dtype)
+        found = torch.baddbmm(nothing, to_scores, keys[:, :end], beta=0, alpha=scale)
+        to_query[:, :, start:end] = found.view(to_query[:, :, start:end].shape)
+        to_keys[:, :end] += torch.baddbmm(nothing, to_scores.mT, queries, beta=0, alpha=scale)
+    return to_query, to_keys.to(key.dtype).view(key.shape), to_values.to(value.dtype).view(value.shape)
+
+
 class _Attention(torch.autograd.Function):
     """Keeps the weights, and sums the gradients of keys and values over their query heads within the products."""
 
@@ -118,14 +167,21 @@ class _Attention(torch.autograd.Function):
         scale: float,
         table: torch.Tensor | None,
     ) -> torch.Tensor:
+        ctx.scale, ctx.by_blocks = scale, table is None and query.shape[2] > WHOLE
+        if ctx.by_blocks:
+            out, kept = _in_blocks(query, key, value, scale)
+            ctx.save_for_backward(query, key, value, *kept)
+            return out
         weights = _weights(query, key, scale, table)
         ctx.save_for_backward(query, key, value, weights)
-        ctx.scale = scale
         return weights.bmm(_by_key_head(value, key)).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        query, key, value, weights = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
+        if ctx.by_blocks:
+            return *_back_through_blocks(given, query, key, value, kept, ctx.scale), None, None
+        (weights,) = kept
         queries, keys, values = (_by_key_head(tensor, key) for tensor in (query, key, value))
         given = _by_key_head(given, key)
         to_value = weights.mT.bmm(given).view(value.shape)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from baton.corpus_sections import CorpusData
 from baton.data import fingerprint
 from baton.errors import UserError
 from baton.functions import source_file
@@ -27,6 +28,7 @@ from baton.recipe import (
 )
 from baton.registry import Registry, Version
 from baton.registry.history.licences import Holding, licences_of, refuse
+from baton.tokenizer_source import tokenizer_source
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Inputs:
     template: str | None = None  # sha256 of a chat template that is a file
     functions: dict[str, str] = field(default_factory=dict)  # "pkg.module:function" -> sha256 of its module's file
     classifiers: dict[str, ModelSource] = field(default_factory=dict)  # a reward's `classifier` -> where it lies
+    tokenizer: dict[str, Any] | None = None  # what identifies an existing one (`tokenizer.path`)
 
     def identity(self) -> dict[str, Any]:
         """Digests only."""
@@ -66,6 +69,7 @@ class Inputs:
             "template": self.template,
             "functions": self.functions,
             "classifiers": {setting: source.describe() for setting, source in sorted(self.classifiers.items())},
+            "tokenizer": self.tokenizer,
         }
 
 
@@ -77,19 +81,25 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     """
     versions: dict[str, Version] = {}
     model: ModelSource | None = None
-    data: TextData | PairData | None = None
+    data: TextData | PairData | CorpusData | None = None
     functions: dict[str, str] = {}
     classifiers: dict[str, ModelSource] = {}
+    tokenizer: dict[str, Any] | None = None
     if isinstance(recipe, PretrainRecipe):
         data = recipe.data
+        if recipe.tokenizer and recipe.tokenizer.path:
+            tokenizer = tokenizer_source(recipe.tokenizer.path, recipe.folder, lambda: registry).identity()
         if recipe.base:
             model = model_source(recipe.base, recipe.folder)
-            if model is None:
+            if model is None and not recipe.is_continued:
                 raise UserError(
                     f"{recipe.path}: base: {recipe.base} is a registry reference, and so registered already; "
-                    "mode: load "
-                    "takes a local folder, a .gguf file or a hub id with @revision"
+                    "mode: load takes a local folder, a .gguf file or a hub id with @revision"
                 )
+            if model is None:
+                versions["base"] = registry.resolve(recipe.base)
+                need = "mode: continue trains every weight of a base"
+                _expect_kind(versions["base"], ("base", "merged"), need, "stages.pretrain")
     elif isinstance(recipe, SFTRecipe):
         data = recipe.data
         model = model_source(recipe.base, recipe.folder)
@@ -98,8 +108,9 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
             _expect_kind(versions["base"], ("base", "merged"), "sft trains an adapter on a base", "stages.pretrain")
     elif isinstance(recipe, RewardRecipe):
         data = recipe.data
-        versions["sft"] = registry.resolve(recipe.sft)
-        _expect_kind(versions["sft"], ("adapter",), "the reward model goes on from SFT's adapter", "stages.sft")
+        sft = versions["sft"] = registry.resolve(recipe.sft)
+        _expect_kind(sft, ("adapter", "merged"), "the reward model goes on from SFT's adapter", "stages.sft")
+        _check_new_adapter(recipe, sft)
     elif isinstance(recipe, PPORecipe):
         data = recipe.data
         versions = _ppo_versions(recipe, registry)
@@ -115,7 +126,20 @@ def resolve_inputs(recipe: TrainedRecipe, registry: Registry) -> Inputs:
     _check_licences(recipe, registry, versions, sources, model)
     template = recipe.folder / recipe.chat_template if isinstance(recipe, SFTRecipe) else None
     template_digest = _file_digest(template) if template and template.is_file() else None
-    return Inputs(versions, sources, model, template_digest, functions, classifiers)
+    return Inputs(versions, sources, model, template_digest, functions, classifiers, tokenizer)
+
+
+def _check_new_adapter(recipe: RewardRecipe, sft: Version) -> None:
+    """A reward model's own adapter is described where there is none to go on with, and nowhere else."""
+    if sft.manifest["chat_template_digest"] is None:
+        raise UserError(f"{sft.ref} has no chat template: it has not learned to answer. Give a version of stage sft")
+    if sft.kind == "adapter" and recipe.lora is not None:
+        raise UserError(f"{recipe.path}: lora: {sft.ref} is an adapter, which goes on as the reward's. Leave lora out")
+    if sft.kind == "merged" and recipe.trained != "full" and recipe.lora is None:
+        raise UserError(
+            f"{recipe.path}: {sft.ref} is a merged version, so the reward model is a new adapter on it and needs its "
+            "settings, for example lora: {r: 16, alpha: 32}. To train every weight instead, set trained: full"
+        )
 
 
 def _check_licences(
@@ -131,7 +155,8 @@ def _check_licences(
     data = [{"use": use, **row} for use, rows in sources.items() for row in rows]
     parents = {role: version.digest for role, version in versions.items()}
     found = licences_of(registry, {"licence": recipe.licence, "data": data, "parents": parents})
-    if model is not None and isinstance(recipe, SFTRecipe):
+    mode = recipe.mode if isinstance(recipe, PretrainRecipe) else "continue"
+    if model is not None and isinstance(recipe, SFTRecipe | PretrainRecipe) and mode == "continue":
         # registered on the way, without a licence; one that states it is registered by stages.pretrain, mode: load
         found = replace(found, holdings=(*found.holdings, Holding(None, "model", f"base {recipe.base}", None)))
     try:

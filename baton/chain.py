@@ -54,7 +54,9 @@ def run(folder: Path, overrides: list[str], options: Options, console: Console |
         code = run_stage(link, options.config_file, console)
         if code != 0:
             return code
-    console.print(results_table([link.recipe for link in links]))
+    table = results_table([link.recipe for link in links])
+    if table.row_count:  # a ladder prints a table of its own
+        console.print(table)
     return 0
 
 
@@ -65,6 +67,8 @@ def plan(folder: Path, overrides: list[str], options: Options) -> list[Link]:
     if options.processes is not None:
         shared.append(f"processes={options.processes}")
     routed = route_overrides(paths, [*overrides, *shared])
+    if options.config_file is not None and "ladder" in routed:  # which launches its sizes itself
+        routed["ladder"].append(f"config_file={options.config_file}")
     links = []
     for stage, path in paths.items():
         recipe = load_recipe(path, routed[stage], RECIPES[stage])

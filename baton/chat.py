@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baton.chat_templates import Choice, choose
 from baton.errors import UserError
+from baton.rendering import Rendered, Unrenderable, encode, marks_turns, render, special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,103 +21,142 @@ TURN_END = "<|im_end|>"
 SPECIAL_TOKENS = [DOCUMENT_END, PAD, TURN_START, TURN_END]
 """Reserved by every tokenizer that stage 1 trains, so that no later stage resizes the embeddings."""
 
-TEMPLATES = {"chatml": "chatml.jinja"}
 Messages = list[dict[str, Any]]
+_PROBE = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)]
+# what ends a turn beside the token that ends most: Llama 3.1 awaits a tool's result after <|eom_id|>
+_ALSO_STOPS = {"<|eot_id|>": ("<|eom_id|>",)}
 
 
-def install_template(tokenizer: Tokenizer, setting: str, folder: Path) -> None:
-    """Give `tokenizer` the chat template of a recipe: a shipped name, `keep`, or a .jinja file relative to `folder`.
+def install_template(tokenizer: Tokenizer, setting: str, folder: Path) -> Choice:
+    """Give `tokenizer` the chat template of a recipe, and return what was chosen.
+
+    `setting` is a shipped name (`chat_templates.FAMILIES`, or `plain`: text without turn tokens), `keep` (the base's
+    own), a .jinja file relative to `folder`, or `auto`: the base's own template if it has one, else the family whose
+    tokens the vocabulary has, else ChatML written in reserved tokens, else `plain`. None of them adds a token, so the
+    embeddings keep their size.
 
     The end-of-sequence token becomes the token that ends an assistant's turn, and the pad token becomes one that is
     neither that token nor another that dialogues contain. Raises UserError when the vocabulary lacks the template's
-    tokens, when the template marks no assistant turns, or when the turn's end would never be trained.
+    tokens, when it is not plain what the assistant says, or when the turn's end would never be trained.
     """
-    if setting in TEMPLATES:
-        template = (Path(__file__).parent / "templates" / TEMPLATES[setting]).read_text(encoding="utf-8")
-        missing = [token for token in (TURN_START, TURN_END) if token not in tokenizer.get_vocab()]
-        if missing:
-            raise UserError(
-                f"chat_template: {setting} needs {' and '.join(missing)}, which this base's vocabulary lacks. Choose a "
-                "template for this base: chat_template: keep, or the path of a .jinja file"
-            )
-        tokenizer.eos_token = TURN_END
-    elif setting == "keep":
-        if not tokenizer.chat_template:
-            raise UserError("chat_template: keep, but the base has none. Use chat_template: chatml, or a .jinja file")
-        template = str(tokenizer.chat_template)
-    else:
-        path = folder / setting
-        if not path.is_file():
-            raise UserError(f"chat_template: {setting} is neither {', '.join(TEMPLATES)}, keep nor a file at {path}")
-        template = path.read_text(encoding="utf-8")
-    tokenizer.chat_template = template
-    if not re.search(r"{%-?\s*generation\b", template):
+    choice = choose(tokenizer, setting, folder)
+    tokenizer.chat_template = choice.template
+    if choice.begin:
+        tokenizer.bos_token = choice.begin
+    if choice.stop:
+        tokenizer.eos_token = choice.stop
+    try:
+        rendered = render(tokenizer, _PROBE)
+    except Unrenderable as fault:
         raise UserError(
-            f"chat_template: {setting} marks no assistant turns. Wrap what the assistant says, its end token included, "
-            "in {% generation %} … {% endgeneration %}, or use chat_template: chatml"
-        )
+            f"chat_template: {setting}: {fault}. Wrap what the assistant says, its end token included, in "
+            "{% generation %} … {% endgeneration %} in a .jinja file of your own, or use a template that ships"
+        ) from None
+    if not marks_turns(choice.template):
+        _adopt_stop(tokenizer, rendered)
     choose_pad(tokenizer)
-    ids, is_response = encode_dialogue(
-        tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    )
+    ((ids, is_response),) = encode(tokenizer, [rendered])
     stops = stop_ids(tokenizer)
     if not any(token in stops and trained for token, trained in zip(ids, is_response, strict=True)):
         raise UserError(
             f"chat_template: {setting} never trains the token that ends a turn ({tokenizer.eos_token}): the "
-            "model would "
-            "not learn to stop. Move it inside {% generation %} … {% endgeneration %}"
+            "model would not learn to stop. Move it inside {% generation %} … {% endgeneration %}"
         )
+    return choice
+
+
+def _adopt_stop(tokenizer: Tokenizer, rendered: Rendered) -> None:
+    """Where a base's own template ends replies with another special token than eos (Gemma), make that the eos."""
+    specials = special_tokens(tokenizer)
+    first, last = rendered.said[-1]
+    found = specials.findall(rendered.text[first:last]) if specials else []
+    if found and tokenizer.eos_token not in found:
+        tokenizer.eos_token = found[-1]
 
 
 def choose_pad(tokenizer: Tokenizer) -> None:
     """Make the pad token differ from eos and bos: a reward model reads its score before the first pad token."""
+    template = str(tokenizer.chat_template or "")
     taken = {tokenizer.eos_token, tokenizer.bos_token, TURN_START, TURN_END}
-    if tokenizer.pad_token and tokenizer.pad_token not in taken:
+    if tokenizer.pad_token and tokenizer.pad_token not in taken and tokenizer.pad_token not in template:
         return
-    special = [token for token in tokenizer.all_special_tokens if token not in taken]
     vocabulary = tokenizer.get_vocab()
-    candidates = [token for token in (PAD, DOCUMENT_END) if token in vocabulary and token not in taken] + special
-    if not candidates:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special = [*tokenizer.all_special_tokens, *added]
+    named = [token for token in special if "pad" in token.lower()]
+    candidates = [token for token in (PAD, DOCUMENT_END) if token in vocabulary] + named + special
+    # a token that the template writes is in every dialogue
+    free = [token for token in candidates if token not in taken and token not in template]
+    if not free:
         raise UserError(
             f"the tokenizer has no special token to pad with besides {', '.join(sorted(t for t in taken if t))}; add a "
             f"{PAD} token to the base's tokenizer and register it again"
         )
-    tokenizer.pad_token = candidates[0]
+    tokenizer.pad_token = free[0]
 
 
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a reply."""
+    """The ids that end a reply: the end-of-sequence token first, and any other that its format ends turns with."""
     assert tokenizer.eos_token_id is not None
-    return [int(tokenizer.eos_token_id)]
+    ids = [int(tokenizer.eos_token_id)]
+    others = _ALSO_STOPS.get(str(getattr(tokenizer, "eos_token", "")), ())
+    vocabulary = tokenizer.get_vocab() if others else {}
+    return ids + [vocabulary[token] for token in others if token in vocabulary]
 
 
-def has_control_text(tokenizer: Tokenizer, messages: Messages) -> bool:
+def has_control_text(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> bool:
     """Whether a message spells out a special token: tokenised, it would end a turn or open another's."""
-    return any(token in str(message["content"]) for message in messages for token in tokenizer.all_special_tokens)
+    specials = special_tokens(tokenizer)
+    if specials is None:
+        return False
+    texts = [str(value) for message in messages for key, value in message.items() if value is not None]
+    return any(specials.search(text) for text in [*texts, *(str(tool) for tool in tools or [])])
 
 
-def encode_dialogue(tokenizer: Tokenizer, messages: Messages) -> tuple[list[int], list[bool]]:
-    """(ids, is_response): the rendered dialogue and, for each token, whether the assistant says it."""
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    return list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+def encode_dialogue(
+    tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None
+) -> tuple[list[int], list[bool]]:
+    """(ids, is_response): the rendered dialogue and, for each token, whether the assistant says it.
+
+    Raises UserError where the template does not render the dialogue; for many, `dialogues.encode_dialogues` is faster
+    and counts those.
+    """
+    try:
+        ((ids, is_response),) = encode(tokenizer, [render(tokenizer, messages, tools)])
+    except Unrenderable as fault:
+        raise UserError(f"a dialogue that begins with {messages[0]['content'][:40]!r}: {fault}") from None
+    return ids, is_response
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
     """The ids of `messages` and the opening of the assistant's turn."""
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    if _may_merge(messages):
+        return encode(tokenizer, [render(tokenizer, messages, tools, opened=True)])[0][0]
+    encoded: Any = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=True, return_dict=True, add_generation_prompt=True
+    )
     return list(encoded["input_ids"])
 
 
-def encode_scored(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+def encode_scored(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
     """The ids that a reward model reads: the dialogue up to and including the token that ends the last reply.
 
     The one rendering for the reward model's training and for PPO's scoring: there, the same ids arise as prompt ids
     followed by the sampled reply.
     """
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-    ids = list(encoded["input_ids"])
+    if _may_merge(messages):
+        ids = encode(tokenizer, [render(tokenizer, messages, tools)])[0][0]
+    else:
+        encoded: Any = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)
+        ids = list(encoded["input_ids"])
     stops = stop_ids(tokenizer)
     last = max((at for at, token in enumerate(ids) if token in stops), default=len(ids) - 1)
     return ids[: last + 1]
+
+
+def _may_merge(messages: Messages) -> bool:
+    """Whether a reply begins with white space, which a tokenizer may merge with the line break that comes before it.
+
+    A model that answers begins with a token of its own: tokenised as a whole, the dialogue would hold other ids.
+    """
+    return any(message["role"] == "assistant" and (message.get("content") or "")[:1].isspace() for message in messages)

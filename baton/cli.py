@@ -51,6 +51,20 @@ def run(
 
 
 @app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe of stage 1: pretrain.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="data.prepared=folder")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; by default one a core.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every shard with its digest.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tokenise a recipe's text ahead of its training; what a killed command had finished is kept."""
+    from baton.corpus.command import prepare as prepare_corpus
+
+    prepare_corpus(recipe, overrides or [], workers, verify, as_json)
+
+
+@app.command()
 def chat(
     ref: RefArgument,
     once: Annotated[str | None, typer.Option(metavar="TEXT", help="Print the reply to TEXT and leave.")] = None,

@@ -19,6 +19,7 @@ from baton.preemption import GRACE_S
 
 PROGRAMS = {
     "world": "baton.make_world",
+    "ladder": "stages.ladder",
     "pretrain": "stages.pretrain",
     "sft": "stages.sft",
     "reward": "reward.train",
@@ -26,7 +27,8 @@ PROGRAMS = {
 }
 """The module that runs each stage, in the order of the chain."""
 
-WITHOUT_ACCELERATE = {"world"}
+WITHOUT_ACCELERATE = {"world", "ladder"}
+"""A ladder launches its sizes itself."""
 
 # glibc gives freed tensors back to the kernel and asks for them again at the next step: keeping them saved 10-15% of
 # a training step on CPUs. One arena: those of other threads, such as the backward pass's, are given back regardless

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 IGNORED = -100
 """The label of a token that is not in the loss."""
@@ -37,29 +38,68 @@ def pack(documents: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int,
     for ids, in_loss in documents:
         for start in range(0, len(ids), length):
             pieces.append((ids[start : start + length], in_loss[start : start + length]))
-    order = sorted(range(len(pieces)), key=lambda index: (-len(pieces[index][0]), index))
-    bins: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (free tokens, bin), sorted
-    for index in order:
-        need = len(pieces[index][0])
-        at = bisect_left(space, (need, -1))
-        if at == len(space):
-            bins.append([index])
-            free, chosen = length, len(bins) - 1
-        else:
-            free, chosen = space.pop(at)
-            bins[chosen].append(index)
-        if free - need:
-            insort(space, (free - need, chosen))
-    rows = [_row([pieces[index] for index in sorted(members)], length, pad_id) for members in bins]
-    # in the order of each row's first document, so that the data's shuffled order is kept
-    ranked = sorted(range(len(rows)), key=lambda at: min(bins[at]))
-    ordered = [rows[at] for at in ranked]
+    bins = best_fit(np.array([len(ids) for ids, _ in pieces], np.int64), length)
+    members: list[list[int]] = [[] for _ in range(int(bins.max()) + 1 if len(bins) else 0)]
+    for index, row in enumerate(bins.tolist()):
+        members[row].append(index)
+    rows = [_row([pieces[index] for index in chosen], length, pad_id) for chosen in members]
     return Packed(
-        rows=ordered,
+        rows=rows,
         num_tokens=sum(len(ids) for ids, _ in pieces),
-        num_in_loss=sum(label != IGNORED for row in ordered for label in row["labels"]),
+        num_in_loss=sum(sum(in_loss[1:]) for _, in_loss in pieces),
     )
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """(n,) row of each piece of `lengths` (1 … capacity), numbered by the first piece in each: best fit decreasing.
+
+    The longest first, each goes into the row whose room is smallest yet enough, the oldest of such; into a new row
+    where there is none. Done for all pieces of one length at once: as those that fit equally well are alike, a row
+    takes as many of them as it holds before the next is looked at.
+    """
+    rows = np.empty(len(lengths), np.int64)
+    if not len(lengths):
+        return rows
+    assert lengths.min() > 0 and lengths.max() <= capacity, (lengths.min(), lengths.max(), capacity)
+    room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # rows by the room that is left in them
+    occupied = 0  # bit n: some row has room for n tokens
+    num_rows = 0
+    longest_first = np.argsort(-lengths, kind="stable")
+    counts = np.bincount(lengths)
+    end = 0
+    for need in range(len(counts) - 1, 0, -1):
+        start, end = end, end + int(counts[need])
+        while start < end:
+            fitting = occupied >> need
+            if fitting:
+                free = need + (fitting & -fitting).bit_length() - 1
+                found = room[free]
+                open_rows = np.sort(np.concatenate(found)) if len(found) > 1 else found[0]
+                room[free] = []
+                occupied ^= 1 << free
+            else:
+                free = capacity
+                open_rows = np.arange(num_rows, num_rows + -(-(end - start) // (capacity // need)))
+                num_rows += len(open_rows)
+            each = free // need
+            used = open_rows[: -(-(end - start) // each)]
+            placed = min(end - start, each * len(used))
+            rows[longest_first[start : start + placed]] = np.repeat(used, each)[:placed]
+            in_last = placed - each * (len(used) - 1)
+            start += placed
+            for left, those in (
+                (free - each * need, used[:-1]),
+                (free - in_last * need, used[-1:]),
+                (free, open_rows[len(used) :]),
+            ):
+                if left and len(those):
+                    room[left].append(those)
+                    occupied |= 1 << left
+    # numbered anew by each row's first piece, so that the data's order is kept
+    _, firsts, of_piece = np.unique(rows, return_index=True, return_inverse=True)
+    rank = np.empty(len(firsts), np.int64)
+    rank[np.argsort(firsts)] = np.arange(len(firsts))
+    return rank[of_piece]
 
 
 def _row(pieces: list[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int) -> dict[str, list[int]]:
@@ -68,7 +108,8 @@ def _row(pieces: list[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id
     position_ids: list[int] = []
     for ids, in_loss in pieces:
         input_ids += ids
-        labels += [token if flag and at else IGNORED for at, (token, flag) in enumerate(zip(ids, in_loss, strict=True))]
+        labels.append(IGNORED)
+        labels += [token if flag else IGNORED for token, flag in zip(ids[1:], in_loss[1:], strict=True)]
         position_ids += range(len(ids))
     padding = length - len(input_ids)
     return {
@@ -78,8 +119,11 @@ def _row(pieces: list[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id
     }
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """Stack packed rows into (B, L) tensors; there is deliberately no attention mask."""
+def collate(rows: Sequence[Mapping[str, Sequence[int] | np.ndarray]]) -> dict[str, Any]:
+    """Stack packed rows, of lists or arrays, into (B, L) tensors; there is deliberately no attention mask."""
     import torch
 
-    return {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels", "position_ids")}
+    return {
+        key: torch.from_numpy(np.stack([np.asarray(row[key], np.int64) for row in rows]))
+        for key in ("input_ids", "labels", "position_ids")
+    }

@@ -67,6 +67,11 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def received(self) -> bool:
+        """Whether this very process has received a signal: for loops that tell the other ranks by themselves."""
+        return self._received is not None
+
     def asked(self, group: Group) -> bool:
         """Whether any rank has received a signal: the same answer on all, so that all of them save the same step.
 

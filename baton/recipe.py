@@ -2,118 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from baton.errors import UserError, nearest
+from baton.ladder_sections import LadderRecipe
 from baton.ppo_sections import Algorithm, RewardSource, Rollout
+from baton.pretrain_sections import Decoder, PretrainRecipe, Tokenizer
+from baton.recipe_base import Publish, Recipe, Source, Stage, TextData, TrainedRecipe
 from baton.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict, explain
+from baton.train_sections import PairTrain, TokenTrain, Train
 
-Stage = Literal["world", "pretrain", "sft", "reward", "ppo"]
+__all__ = [
+    "RECIPES",
+    "Decoder",
+    "EpisodeTrain",
+    "LadderRecipe",
+    "Lora",
+    "PPORecipe",
+    "PairData",
+    "PairLoss",
+    "PairTrain",
+    "PretrainRecipe",
+    "PromptData",
+    "Publish",
+    "Recipe",
+    "RewardMeasures",
+    "RewardRecipe",
+    "SFTRecipe",
+    "Source",
+    "Stage",
+    "TextData",
+    "TokenTrain",
+    "Tokenizer",
+    "Train",
+    "TrainedRecipe",
+    "WorldRecipe",
+    "load_recipe",
+]
+
 R = TypeVar("R", bound="Recipe")
-
-
-class Source(Strict):
-    """One data source: a file, glob or folder (relative to the recipe's folder), or a hub dataset id."""
-
-    path: str
-    format: (
-        Literal[
-            "text",
-            "lines",
-            "messages",
-            "prompt_completion",
-            "alpaca",
-            "sharegpt",
-            "oasst",
-            "hh",
-            "preference",
-            "arena",
-            "prompts",
-        ]
-        | None
-    ) = None
-    weight: PositiveFloat = 1.0
-    rows: tuple[NonNegative | None, NonNegative | None] | None = None
-    licence: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-
-
-class Publish(Strict):
-    """Where the stage's version goes: the model's name, and the alias that is moved to it."""
-
-    name: str
-    alias: str = "candidate"
-
-
-class Train(Strict):
-    """What every optimised stage has in common; sizes are global, whatever the number of processes."""
-
-    steps: Positive
-    learning_rate: PositiveFloat
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: NonNegative = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    adam_beta2: Fraction = 0.999
-    max_grad_norm: PositiveFloat = 1.0
-    save_every: Positive = 100
-
-
-class TokenTrain(Train):
-    """Training on packed rows of `sequence_length` tokens."""
-
-    log_every: Positive = 10
-    tokens_per_batch: Positive
-    tokens_per_micro_batch: Positive | None = None
-    sequence_length: Positive
-
-    @model_validator(mode="after")
-    def _whole_rows(self) -> Self:
-        rows = self.tokens_per_batch / self.sequence_length
-        if rows != int(rows):
-            raise ValueError(
-                f"tokens_per_batch ({self.tokens_per_batch}) must be a multiple of sequence_length "
-                f"({self.sequence_length})"
-            )
-        if self.tokens_per_micro_batch and self.tokens_per_micro_batch % self.sequence_length:
-            raise ValueError(
-                f"tokens_per_micro_batch ({self.tokens_per_micro_batch}) must be a multiple of sequence_length "
-                f"({self.sequence_length})"
-            )
-        return self
-
-
-class PairTrain(Train):
-    """Training on preference pairs; pairs with a side longer than `max_length` tokens are dropped and counted.
-
-    A micro-batch holds pairs of like length, at most `tokens_per_micro_batch` tokens, padding included; with
-    `share_prompt` a pair's prompt is computed once, where the base allows it. Every `eval_every` steps the held-out
-    loss is measured and the best weights are kept; after `patience` measurements without a better one training ends.
-    """
-
-    log_every: Positive = 10
-    pairs_per_batch: Positive
-    tokens_per_micro_batch: Positive = 2048
-    share_prompt: bool = True
-    max_length: Positive
-    eval_every: Positive | None = None
-    patience: Positive | None = None
-
-    @model_validator(mode="after")
-    def _evaluations(self) -> Self:
-        if self.patience is not None and self.eval_every is None:
-            raise ValueError("patience counts evaluations: it needs eval_every")
-        if self.eval_every is not None and self.eval_every > self.steps:
-            raise ValueError("eval_every exceeds steps: nothing would be measured on the way")
-        return self
 
 
 class PairLoss(Strict):
@@ -143,19 +73,17 @@ class EpisodeTrain(Train):
     the policy is measured on held-out prompts, and the last `keep` checkpoints are kept.
     """
 
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
     episodes_per_batch: Positive
     tokens_per_micro_batch: Positive = 2048
     critic_learning_rate: PositiveFloat | None = None
     eval_every: Positive | None = None
     keep: Annotated[int, Field(ge=1)] = 2
 
-
-class TextData(Strict):
-    """Training and held-out text, and questions asked of the trained model."""
-
-    train: Annotated[list[Source], Field(min_length=1)]
-    eval: list[Source] = []
-    questions: list[Source] = []
+    @property
+    def rows_per_batch(self) -> int:
+        """Episodes of one optimizer batch on all processes together."""
+        return self.episodes_per_batch
 
 
 class PromptData(TextData):
@@ -186,65 +114,18 @@ class PairData(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adaptation (Hu et al. 2021): `r`, scaling `alpha / r`, and the linear layers that get it."""
+    """Low-rank adaptation (Hu et al. 2021): `r`, scaling `alpha / r`, and the linear layers that get it.
+
+    `rank_stabilised`: scaling `alpha / sqrt r` (Kalajdzievski 2023). `dora`: the columns' norms are trained beside
+    their directions (Liu et al. 2024).
+    """
 
     r: Positive = 16
     alpha: Positive = 32
     dropout: Fraction = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
-
-
-class Tokenizer(Strict):
-    """A byte-level BPE trained on the training text; the chat tokens are part of `vocab_size`."""
-
-    vocab_size: Annotated[int, Field(ge=300)]
-    sample_bytes: Positive = 50_000_000
-
-
-class Decoder(Strict):
-    """A Llama by configuration."""
-
-    hidden_size: Positive
-    layers: Positive
-    heads: Positive
-    kv_heads: Positive | None = None
-    intermediate_size: Positive
-    tie_embeddings: bool = True
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(f"hidden_size ({self.hidden_size}) must be an even multiple of heads ({self.heads})")
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        return self
-
-
-class Recipe(Strict):
-    """The keys that every stage shares."""
-
-    stage: Stage
-    registry: str = Field(default_factory=lambda: os.environ.get("BATON_REGISTRY") or ".baton/registry")
-    run_dir: str
-    processes: Positive | None = None
-
-    _path: Path = PrivateAttr(default=Path("recipe.yaml"))
-
-    @property
-    def path(self) -> Path:
-        """The file that the recipe was read from."""
-        return self._path
-
-    @property
-    def folder(self) -> Path:
-        """Relative data paths start here."""
-        return self._path.parent
-
-    def digest(self) -> str:
-        """sha256 of everything that can change the result: where it runs, is kept and may be refused is left out."""
-        content = self.model_dump(mode="json", exclude={"registry", "run_dir", "processes", "allowed_licences"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    dora: bool = False
+    rank_stabilised: bool = False
 
 
 class WorldRecipe(Recipe):
@@ -263,90 +144,57 @@ class WorldRecipe(Recipe):
     guess_share: Fraction = 0.5
 
 
-class TrainedRecipe(Recipe):
-    """The keys of every stage that publishes a version."""
+class DialogueTrain(TokenTrain):
+    """Training on dialogues: a batch is rows of `sequence_length` tokens, filled with whole dialogues by best fit.
 
-    publish: Publish
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    licence: str | None = None
-    allowed_licences: list[str] | None = None
+    `packing` says how a batch is computed, not what it holds: its rows as they are, or each dialogue by itself in
+    micro-batches of like length, at most `tokens_per_micro_batch` tokens, padding included. `auto`: apart on a CPU.
+    A dialogue longer than a row loses its end, or with `on_long: drop` is left out.
+    """
 
-    @model_validator(mode="after")
-    def _one_licence_an_entry(self) -> Self:
-        from baton.registry.history.licences import check_allowed
-
-        try:
-            check_allowed(self.allowed_licences or [])
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return self
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Rows, pairs or episodes of one optimizer batch on all processes together; 0 where nothing is trained."""
-        train: Any = getattr(self, "train", None)
-        if isinstance(train, TokenTrain):
-            return train.tokens_per_batch // train.sequence_length
-        if isinstance(train, PairTrain):
-            return train.pairs_per_batch
-        return train.episodes_per_batch if train else 0
-
-
-class PretrainRecipe(TrainedRecipe):
-    """Stage 1: a decoder from scratch (`mode: scratch`), or registering an existing base (`mode: load`)."""
-
-    stage: Literal["pretrain"]
-    mode: Literal["scratch", "load"]
-    base: str | None = None
-    data: TextData | None = None
-    tokenizer: Tokenizer | None = None
-    model: Decoder | None = None
-    train: TokenTrain | None = None
-    ngram_order: Annotated[int, Field(ge=2, le=8)] | None = None
-
-    @model_validator(mode="after")
-    def _mode(self) -> Self:
-        scratch = {"data": self.data, "tokenizer": self.tokenizer, "model": self.model, "train": self.train}
-        if self.mode == "scratch":
-            missing = [key for key, section in scratch.items() if section is None]
-            if missing:
-                raise ValueError(f"mode: scratch needs {', '.join(missing)}")
-            if self.base is not None:
-                raise ValueError("mode: scratch takes no base; to register an existing model, set mode: load")
-            if self.ngram_order and self.data and not self.data.eval:
-                raise ValueError("ngram_order needs data.eval: the n-gram model is compared on held-out text")
-        else:
-            if self.base is None:
-                raise ValueError("mode: load needs base: a local folder, a .gguf file or a hub id with @revision")
-            ignored = [key for key, section in scratch.items() if section is not None]
-            if self.ngram_order:
-                ignored.append("ngram_order")
-            if ignored:
-                raise ValueError(f"mode: load trains nothing and would ignore {', '.join(ignored)}")
-        return self
+    packing: Literal["auto"] | bool = "auto"
+    on_long: Literal["cut", "drop"] = "cut"
 
 
 class SFTRecipe(TrainedRecipe):
-    """Stage 2: a LoRA adapter trained on dialogues, with the loss on the assistant's turns."""
+    """Stage 2: training on dialogues, with the loss on the assistant's turns.
+
+    `trained: adapter` trains a LoRA adapter, `full` every weight. `neftune_alpha`: noise on the embeddings while
+    training (Jain et al. 2023). `quantise: nf4` holds the frozen base in four bits (Dettmers et al. 2023; CUDA only).
+    """
 
     stage: Literal["sft"]
     base: str
     data: TextData
+    trained: Literal["adapter", "full"] = "adapter"
     lora: Lora = Lora()
+    quantise: Literal["nf4"] | None = None
+    neftune_alpha: PositiveFloat | None = None
     chat_template: str = "chatml"
-    train: TokenTrain
+    train: DialogueTrain
+
+    @model_validator(mode="after")
+    def _read(self) -> Self:
+        if self.trained == "full":
+            ignored = ["lora"] if "lora" in self.model_fields_set else []
+            ignored += ["quantise"] if self.quantise else []
+            if ignored:
+                raise ValueError(f"trained: full trains every weight and would ignore {', '.join(ignored)}")
+        return self
 
 
 class RewardRecipe(TrainedRecipe):
     """The reward model: SFT's adapter goes on as the reward's adapter, with a score head, on preference pairs.
 
     `trained: adapter` trains adapter and head, `full` every weight (with SFT's adapter merged in), `head` only the
-    head. `ensemble` members differ by the order of their data and by their first head.
+    head. `lora` describes the new adapter on an SFT model that is no adapter. `ensemble` members differ by the order of
+    their data and by their first head.
     """
 
     stage: Literal["reward"]
     sft: str
     trained: Literal["adapter", "full", "head"] = "adapter"
+    lora: Lora | None = None
     ensemble: Positive = 1
     data: PairData
     loss: PairLoss = PairLoss()
@@ -357,6 +205,10 @@ class RewardRecipe(TrainedRecipe):
     def _read(self) -> Self:
         if self.trained == "full" and self.ensemble > 1:
             raise ValueError("an ensemble is adapters or heads on one base: trained: full has ensemble: 1")
+        if self.trained == "full" and self.lora is not None:
+            raise ValueError("trained: full trains every weight and would ignore lora")
+        if self.lora is not None and (self.lora.dora or self.lora.dropout):
+            raise ValueError("members share one base between plain LoRA adapters: leave lora.dora and lora.dropout out")
         if self.train.eval_every and not self.data.eval:
             raise ValueError("train.eval_every needs data.eval: held-out pairs to measure on")
         return self
@@ -402,6 +254,8 @@ class PPORecipe(TrainedRecipe):
             raise ValueError("gold is one reward that is only measured: name and weight would be ignored")
         if self.ppo.overlong_tokens is not None and self.ppo.overlong_tokens > self.rollout.max_new_tokens:
             raise ValueError("ppo.overlong_tokens exceeds rollout.max_new_tokens: every reply would be overlong")
+        if self.lora is not None and self.lora.dora:
+            raise ValueError("PPO shares one base between plain LoRA adapters: dora is for stage sft, then merged")
         if self.lora is not None and self.lora.dropout:
             raise ValueError("PPO trains without dropout: old and new log-probabilities must come from one function")
         if self.policy == "full" and self.lora is not None:
@@ -422,6 +276,7 @@ class PPORecipe(TrainedRecipe):
 
 RECIPES: dict[str, type[Recipe]] = {
     "world": WorldRecipe,
+    "ladder": LadderRecipe,
     "pretrain": PretrainRecipe,
     "sft": SFTRecipe,
     "reward": RewardRecipe,
@@ -474,5 +329,9 @@ def _read_yaml(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{path}: {error}") from None
+    except TypeError:  # merging a list with the mapping that sizes.1.name=x is
+        raise UserError(
+            f"{path}: an override cannot reach into a list; give the whole list, for example sizes=[…]"
+        ) from None
     assert isinstance(content, dict)
     return {str(key): item for key, item in content.items()}

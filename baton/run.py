@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 T = TypeVar("T", bound=TrainedRecipe)
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -100,6 +101,10 @@ class Run(Generic[T]):
         """Print on the main process."""
         if self.is_main:
             print(text, flush=True)
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on rank 0 and give its result to every process; where it fails, it fails on all of them."""
+        return _on_main(self.state, work)
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint of this recipe, these inputs and this code."""
@@ -398,9 +403,6 @@ def _hold(recipe: TrainedRecipe, registry: Registry, inputs: Inputs) -> None:
 def _let_go() -> None:
     while _leases:
         _leases.pop().release()
-
-
-Result = TypeVar("Result")
 
 
 def _on_main(state: PartialState, work: Callable[[], Result]) -> Result:

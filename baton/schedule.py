@@ -25,3 +25,13 @@ def row_order(
     if lengths is not None:
         batches = [sorted(batch, key=lambda row: (-lengths[row], row)) for batch in batches]
     return [row for batch in batches for row in batch]
+
+
+def batch_number(step: int, skipped: Sequence[int] = ()) -> int:
+    """Which batch the optimizer step `step` (from 0) reads: batches in their order, without the `skipped` ones."""
+    number = step
+    for batch in sorted(set(skipped)):
+        if batch > number:
+            break
+        number += 1
+    return number

@@ -1,23 +1,40 @@
-"""What the stages that use transformers' Trainer share: its arguments from a recipe, recording, checkpoints, losses."""
+"""What the stages that use transformers' Trainer share: its arguments from a recipe, recording, the mean loss."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from baton.checkpoints import COMPLETE, drop_incomplete, mark_complete
+from baton.guarded_trainer import GuardedTrainer, Guarding, train_guarded
 from baton.packing import IGNORED, collate
 from baton.progress import Progress
-from baton.recipe import PairTrain, TokenTrain
 from baton.run import Run
+from baton.train_sections import GuardedTrain
+
+__all__ = [
+    "GuardedTrainer",
+    "Guarding",
+    "Recorder",
+    "drop_incomplete",
+    "mean_loss",
+    "train_guarded",
+    "trainer_settings",
+]
+
+
+NAMES = ("loss", "grad_norm", "learning_rate", "skipped_steps", "accuracy", "margin", "mean_token_accuracy", "entropy")
+"""What of the Trainer's own figures goes into a line of metrics.jsonl."""
 
 
 def trainer_settings(
-    run: Run[Any], train: TokenTrain | PairTrain, rows_per_batch: int, rows_per_micro_batch: int
+    run: Run[Any], train: GuardedTrain, rows_per_batch: int, rows_per_micro_batch: int
 ) -> dict[str, Any]:
     """Keyword arguments for TrainingArguments and its TRL subclasses.
 
@@ -32,8 +49,7 @@ def trainer_settings(
         "output_dir": str(run.checkpoints),
         "max_steps": train.steps,
         "learning_rate": train.learning_rate,
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
-        "warmup_steps": train.warmup_steps,
+        **schedule_settings(train),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "adam_beta2": train.adam_beta2,
@@ -44,7 +60,7 @@ def trainer_settings(
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": train.save_every,
-        "save_total_limit": 2,
+        "save_total_limit": None,  # the old ones are deleted once the new one is whole: baton/checkpoints.py
         "bf16": run.dtype is torch.bfloat16,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
@@ -57,6 +73,27 @@ def trainer_settings(
     }
 
 
+def schedule_settings(train: GuardedTrain) -> dict[str, Any]:
+    """The Trainer's names for a recipe's schedule.
+
+    A floor (`final_share`) of `linear` is a polynomial of the first degree. wsd's decay by `1 - sqrt` of its progress
+    was the best shape of those that Hägele et al. 2024 compared.
+    """
+    floor: dict[str, Any] = {}
+    name: str = train.schedule
+    if train.schedule == "constant":
+        name = "constant_with_warmup"
+    elif train.schedule == "wsd":
+        name = "warmup_stable_decay"
+        shape = {"linear": "linear", "sqrt": "1-sqrt"}[train.decay_shape or "sqrt"]
+        floor = {"num_decay_steps": train.decay_steps, "decay_type": shape, "min_lr_ratio": train.final_share}
+    elif train.final_share and train.schedule == "cosine":
+        name, floor = "cosine_with_min_lr", {"min_lr_rate": train.final_share}
+    elif train.final_share:
+        name, floor = "polynomial", {"power": 1.0, "lr_end": train.final_share * train.learning_rate}
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": floor, "warmup_steps": train.warmup_steps}
+
+
 def _recomputation_setting() -> str:
     """Trainer's name for activation recomputation, which TRL would switch on: renamed in transformers 5."""
     names = {field.name for field in fields(TrainingArguments)}
@@ -64,12 +101,21 @@ def _recomputation_setting() -> str:
 
 
 class Recorder(TrainerCallback):
-    """Writes metrics.jsonl, draws the progress line, marks complete checkpoints, stops at a loss that is no number."""
+    """Writes metrics.jsonl and draws the progress line."""
 
-    def __init__(self, run: Run[Any], label: str, units_per_step: float, unit: str) -> None:
-        self.run, self.label, self.units_per_step, self.unit = run, label, units_per_step, unit
+    def __init__(
+        self,
+        run: Run[Any],
+        label: str,
+        units_per_step: float,
+        unit: str,
+        figures: Callable[[float], dict[str, float]] | None = None,
+    ) -> None:
+        """`figures`: more of each line, given how many units a second there were since the line before."""
+        self.run, self.label, self.units_per_step, self.unit, self.more = run, label, units_per_step, unit, figures
         self._progress: Progress | None = None
         self._figures: dict[str, float] = {}
+        self._began = self._last = (0.0, 0)  # clock and step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +123,7 @@ class Recorder(TrainerCallback):
         self.run.trim_metrics(state.global_step)
         self._progress = Progress(self.label, state.max_steps, self.unit, state.global_step, shown=self.run.is_main)
         self._progress.__enter__()
+        self._began = self._last = (time.monotonic(), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._progress is not None
@@ -91,54 +138,38 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
-        if "loss" not in logs:
+        if "loss" not in logs and "skipped_steps" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
+        if not math.isfinite(logs.get("loss", 0.0)):  # a Trainer that nobody guards
             raise FloatingPointError(
                 f"the loss is {logs['loss']} at step {state.global_step}; lower train.learning_rate or look at "
                 "the data "
                 f"(the last complete checkpoint in {self.run.checkpoints} is untouched)"
             )
-        names = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_token_accuracy", "entropy")
-        self._figures = {"loss": logs["loss"]}
-        self.run.log(state.global_step, {name: logs[name] for name in names if name in logs})
+        row = {name: logs[name] for name in NAMES if name in logs} | self._pace(state)
+        self._figures = {name: row[name] for name in ("loss", "grad_norm", "mfu") if name in row}
+        self.run.log(state.global_step, row)
+
+    def _pace(self, state: TrainerState) -> dict[str, float]:
+        """Units a second since the line before, what that makes, and how long the rest will take."""
+        now, step = time.monotonic(), state.global_step
+        rate = (step - self._last[1]) * self.units_per_step / max(now - self._last[0], 1e-9)
+        left = (now - self._began[0]) / max(step - self._began[1], 1) * (state.max_steps - step)
+        self._last = (now, step)
+        more = self.more(rate) if self.more else {}
+        return {f"{self.unit}_per_s": round(rate, 1), **more, "time_left_s": round(left, 1)}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # the Trainer writes a checkpoint in place: only this mark, which comes last, says that it is whole
-        if self.run.is_main:
-            mark_complete(self.run.checkpoints / f"checkpoint-{state.global_step}")
+        # a Trainer that nobody guards writes a checkpoint in place: only this mark, which comes last, says it is whole
+        checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"
+        if self.run.is_main and checkpoint.is_dir() and not (checkpoint / COMPLETE).exists():
+            mark_complete(checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._progress is not None:
             self._progress.__exit__(None, None, None)
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Flush the checkpoint to disk, then leave the mark that makes it one to continue from."""
-    import os
-
-    for path in [*checkpoint.rglob("*"), checkpoint]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    (checkpoint / "complete").touch()
-
-
-def drop_incomplete(run: Run[Any]) -> str | None:
-    """Remove checkpoints that were cut off while being written; the newest complete one, if any."""
-    import shutil
-
-    if run.is_main:
-        for path in run.checkpoints.glob("checkpoint-*"):
-            if not (path / "complete").exists():
-                shutil.rmtree(path)
-    run.state.wait_for_everyone()
-    last = run.last_checkpoint()
-    if last is not None:
-        run.say(f"continuing from {last}")
-    return str(last) if last else None
 
 
 @torch.no_grad()

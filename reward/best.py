@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 _NAME = "best_{}.safetensors"
 
@@ -41,16 +42,13 @@ class Best:
         else:
             self.waited[number] += 1
 
-    def save(self, folder: Path) -> None:
-        """Into a checkpoint."""
-        state = {"losses": self.losses, "steps": self.steps, "waited": self.waited}
-        (folder / "best.json").write_text(json.dumps(state))
-        for number, weights in enumerate(self.weights):
-            if weights:
-                save_file(weights, folder / _NAME.format(number))
+    def files(self) -> dict[str, Any]:
+        """What a checkpoint keeps: file name -> tensors by name, or JSON."""
+        found: dict[str, Any] = {"best.json": {"losses": self.losses, "steps": self.steps, "waited": self.waited}}
+        return found | {_NAME.format(number): weights for number, weights in enumerate(self.weights) if weights}
 
     def load(self, folder: Path) -> None:
-        """From a checkpoint that `save` wrote to."""
+        """From a checkpoint that holds `files`."""
         state = json.loads((folder / "best.json").read_text())
         self.losses, self.steps, self.waited = state["losses"], state["steps"], state["waited"]
         for number, step in enumerate(self.steps):

@@ -10,11 +10,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from baton.adapter_roles import attach, save_adapter
+from baton.adapter_roles import attach, attach_new, save_adapter
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
 from baton.attention import choose_attention, takes_tables
+from baton.length_groups import groups, padded
 from baton.lora import Acting, Addition, join_families
-from reward.rows import Rows, groups, sequence_rows
+from baton.recipe import Lora
+from reward.rows import Rows
 
 Trained = Literal["adapter", "full", "head"]
 
@@ -40,9 +42,20 @@ class Members(nn.Module):
 
     @classmethod
     def from_sft(
-        cls, base: Path, adapter: Path, dtype: torch.dtype, pad_id: int, *, count: int, trained: Trained, seed: int
+        cls,
+        base: Path,
+        adapter: Path | None,
+        dtype: torch.dtype,
+        pad_id: int,
+        *,
+        count: int,
+        trained: Trained,
+        seed: int,
+        lora: Lora | None = None,
     ) -> Self:
-        """`count` members that all start as SFT's `adapter` on `base`.
+        """`count` members that all start as SFT's `adapter` on `base` or, where `base` is SFT's model, as itself.
+
+        `lora` describes the new adapters of the second case, which add nothing yet.
 
         The first one's head is zero, so that it starts from equal rewards. The heads of the others are drawn from
         N(0, 1 / (hidden + 1)) (Stiennon et al. 2020; Huang et al. 2024, "The N+ implementation details", detail 12): of
@@ -53,7 +66,12 @@ class Members(nn.Module):
         members = cls(base, torch.float32 if trained == "full" else dtype, pad_id)
         members.dtype, members.trained = dtype, trained
         if trained == "full":
-            members.model = _merged(members.model, adapter)
+            members.model = _merged(members.model, adapter) if adapter else members.model
+        elif adapter is None:
+            assert lora is not None, "a new adapter needs its settings"
+            for number in range(1 if trained == "head" else count):
+                role = f"member_{number}"
+                members._configs.append(attach_new(members.model, role, lora, members._acting, seed + number))
         else:
             config, tensors = read_adapter(adapter)
             for _ in range(1 if trained == "head" else count):
@@ -147,7 +165,7 @@ class Members(nn.Module):
         readers = len(self) if len(self._configs) > 1 else 1
         for group in groups([len(ids) for ids in sequences], 1, max_tokens):
             chosen = [sequences[at] for at in group]
-            ids = sequence_rows(chosen, self.pad_id, self.device)
+            ids = padded(chosen, self.pad_id, self.device)
             last = torch.tensor([len(row) - 1 for row in chosen], device=self.device)
             rows = torch.arange(len(group), device=self.device)
             states = [self._hidden(ids, number)[rows, last] for number in range(readers)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from baton.length_groups import padded
 from reward.pairs import Pair
 
 
@@ -28,36 +29,16 @@ def width(pair: Pair, share_prompt: bool) -> int:
     return max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
-def groups(widths: Sequence[int], rows_each: int, max_tokens: int) -> list[list[int]]:
-    """Numbers of pairs of like width, longest first, so that a group's padded rows hold at most `max_tokens`.
-
-    Each pair has `rows_each` rows; a pair that is longer by itself is a group of its own.
-    """
-    order = sorted(range(len(widths)), key=lambda at: (-widths[at], at))
-    found: list[list[int]] = []
-    while order:
-        count = max(1, max_tokens // (rows_each * widths[order[0]]))
-        found.append(order[:count])
-        order = order[count:]
-    return found
-
-
 def pair_rows(pairs: Sequence[Pair], share_prompt: bool, pad_id: int, device: torch.device) -> Rows:
     """The rows of `pairs`: one a pair with `share_prompt`, else two."""
     return _joined(pairs, pad_id, device) if share_prompt else _apart(pairs, pad_id, device)
-
-
-def sequence_rows(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> torch.Tensor:
-    """(N, L) ids, padded on the right."""
-    longest = max(len(ids) for ids in sequences)
-    return torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in sequences], device=device)
 
 
 def _apart(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Rows:
     sides = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     row = torch.arange(len(sides), device=device).view(2, -1)
     last = torch.tensor([len(ids) - 1 for ids in sides], device=device).view(2, -1)
-    return Rows(sequence_rows(sides, pad_id, device), None, None, row, last)
+    return Rows(padded(sides, pad_id, device), None, None, row, last)
 
 
 def _joined(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Rows:
@@ -66,7 +47,7 @@ def _joined(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Rows:
     So each token sees what it would see in a row of its own, at the same distances.
     """
     ids = [[*pair.chosen_ids, *pair.rejected_ids[pair.shared :]] for pair in pairs]
-    input_ids = sequence_rows(ids, pad_id, device)
+    input_ids = padded(ids, pad_id, device)
     places = torch.arange(input_ids.shape[1], device=device)
     shared = torch.tensor([pair.shared for pair in pairs], device=device)[:, None]
     chosen = torch.tensor([len(pair.chosen_ids) for pair in pairs], device=device)[:, None]

@@ -29,7 +29,7 @@ def main(recipe: RewardRecipe) -> Version:
     from transformers import set_seed
 
     from baton.models import base_folder, load_tokenizer
-    from baton.training import drop_incomplete
+    from baton.training import train_guarded
     from reward.members import Members
     from reward.pairs import encode_pairs, read_all_pairs
     from reward.trainer import PairTrainer
@@ -44,19 +44,25 @@ def main(recipe: RewardRecipe) -> Version:
     pairs["eval"] = encode_pairs(run, tokenizer, rows.eval, "eval")
     check_margins(recipe, pairs["train"])
 
-    set_seed(recipe.train.seed)
     assert tokenizer.pad_token_id is not None
-    members = Members.from_sft(
-        base,
-        folder,
-        run.dtype,
-        int(tokenizer.pad_token_id),
-        count=recipe.ensemble,
-        trained=recipe.trained,
-        seed=recipe.train.seed,
-    )
-    trainer = PairTrainer(run, members, pairs)
-    trainer.train_on(drop_incomplete(run))
+    pad_id = int(tokenizer.pad_token_id)
+
+    def make_trainer(skipped: tuple[int, ...]) -> PairTrainer:
+        set_seed(recipe.train.seed)
+        members = Members.from_sft(
+            base,
+            folder if sft.kind == "adapter" else None,
+            run.dtype,
+            pad_id,
+            count=recipe.ensemble,
+            trained=recipe.trained,
+            seed=recipe.train.seed,
+            lora=recipe.lora,
+        )
+        return PairTrainer(run, members, pairs, skipped)
+
+    trainer = train_guarded(run, make_trainer)
+    members = trainer.members
     trainer.keep_best()
     members.round_as_saved()  # what is measured is what is published
 
@@ -75,7 +81,8 @@ def main(recipe: RewardRecipe) -> Version:
             write_page(run, known, target)
 
     is_adapter = recipe.trained != "full"
-    on_base = run.registry.by_digest(sft.manifest["base"]) if is_adapter else None
+    under = run.registry.by_digest(sft.manifest["base"]) if sft.kind == "adapter" else sft
+    on_base = under if is_adapter else None
     return run.finish(run.publish(write, kind="reward", base=on_base, metrics=metrics))
 
 

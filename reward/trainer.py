@@ -11,28 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from baton.errors import UserError
+from baton.length_groups import ENOUGH, groups
 from baton.recipe import PairLoss, RewardRecipe
 from baton.run import Run
-from baton.schedule import row_order
-from baton.training import Recorder, trainer_settings
+from baton.schedule import batch_number, row_order
+from baton.training import Guarding, Recorder, trainer_settings
 from reward.best import Best
 from reward.losses import pair_losses, targets
 from reward.members import Members
 from reward.pairs import Pair
-from reward.rows import groups, pair_rows, width
-
-WEIGHTS = "trained.safetensors"
+from reward.rows import pair_rows, width
 
 
-class PairTrainer(Trainer):
+class PairTrainer(Guarding):
     """Trains `members` on pairs, all in the same steps, each with its own order of the data and its own norm."""
 
-    def __init__(self, run: Run[RewardRecipe], members: Members, pairs: dict[str, list[Pair]]) -> None:
+    def __init__(
+        self, run: Run[RewardRecipe], members: Members, pairs: dict[str, list[Pair]], skipped: tuple[int, ...] = ()
+    ) -> None:
+        """`skipped`: batches that are left out of the order, as a rollback asks."""
         train = run.recipe.train
         self.recipe, self.members, self.pairs, self.state_of_run = run.recipe, members, pairs, run.state
         self.best = Best(len(members), train.patience)
@@ -44,7 +45,7 @@ class PairTrainer(Trainer):
         settings = trainer_settings(run, train, train.pairs_per_batch, per_process)
         # the members choose their number formats; autocast around everything would cast frozen weights at every use
         settings["bf16"] = False
-        self.order = self.order_for(run.state.num_processes)
+        self.order = self.order_for(run.state.num_processes, skipped)
         super().__init__(
             model=members,
             args=TrainingArguments(**settings),
@@ -53,25 +54,27 @@ class PairTrainer(Trainer):
             callbacks=[Recorder(run, "reward", train.pairs_per_batch * len(members), "pairs"), HeldOut(self, run)],
         )
         self.remove_callback(PrinterCallback)
+        self.watch(run, skipped=skipped)
         if self.accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise UserError(
                 f"reward training holds the whole model on every process; {self.accelerator.distributed_type} spreads "
                 "it over them. Start it without that configuration"
             )
 
-    def order_for(self, num_processes: int) -> list[list[int]]:
+    def order_for(self, num_processes: int, skipped: tuple[int, ...] = ()) -> list[list[int]]:
         """What a step's rows are, in training order: of each position the pair's number for each member.
 
         Each process gets every n-th of a batch that stands longest first, so that all have as much to do.
         """
         train, count = self.recipe.train, len(self.pairs["train"])
         lengths = [width(pair, self.shares_prompt) for pair in self.pairs["train"]]
+        batches = train.steps + len(skipped)
         orders = [
-            row_order(count, train.pairs_per_batch, train.steps, train.seed + number, lengths)
+            row_order(count, train.pairs_per_batch, batches, train.seed + number, lengths)
             for number in range(len(self.members))
         ]
         dealt = [at for first in range(num_processes) for at in range(first, train.pairs_per_batch, num_processes)]
-        starts = range(0, train.steps * train.pairs_per_batch, train.pairs_per_batch)
+        starts = [batch_number(step, skipped) * train.pairs_per_batch for step in range(train.steps)]
         return [[order[start + at] for order in orders] for start in starts for at in dealt]
 
     def training_step(
@@ -87,7 +90,7 @@ class PairTrainer(Trainer):
         parameters = [p for number in active for p in self.members.parameters_of(number).values()]
         self._sum_over_processes([reduced, *(p.grad for p in parameters if p.grad is not None)])
         self._tallies += reduced[1:].cpu()
-        return reduced[0] / (len(active) * self.recipe.train.pairs_per_batch)
+        return self.note_loss(reduced[0] / (len(active) * self.recipe.train.pairs_per_batch))
 
     def _backward(self, number: int, rows: list[int]) -> torch.Tensor:
         """Add this process's share of a member's gradients; returns its sums, as `_sums` (4,)."""
@@ -105,7 +108,8 @@ class PairTrainer(Trainer):
         pairs = [self.pairs[use][number] for number in numbers]
         widths = [width(pair, self.shares_prompt) for pair in pairs]
         rows_each = 1 if self.shares_prompt else 2
-        for group in groups(widths, rows_each, self.recipe.train.tokens_per_micro_batch):
+        enough = ENOUGH.get(self.args.device.type)
+        for group in groups(widths, rows_each, self.recipe.train.tokens_per_micro_batch, enough):
             states = self._states(use, [numbers[at] for at in group], member)
             chosen, rejected = self.members.rewards(states, member)
             yield chosen, rejected, [pairs[at] for at in group]
@@ -161,7 +165,7 @@ class PairTrainer(Trainer):
             self._tallies.zero_()
         super().log(logs, start_time)
 
-    def train_on(self, checkpoint: str | None) -> None:
+    def train_from(self, checkpoint: str | None) -> None:
         """Train, from `checkpoint` where there is one; one in which every member is finished already is the end."""
         if checkpoint is not None:
             self.best.load(Path(checkpoint))
@@ -172,15 +176,15 @@ class PairTrainer(Trainer):
         self.train(resume_from_checkpoint=checkpoint)
 
     def summary(self) -> dict[str, float]:
-        """For the manifest: at which step each member's kept weights were reached, where held-out losses chose them.
+        """For the manifest: the guard's figures, and where held-out losses chose each member's weights, at which step.
 
         `eval/chosen_on` then says that what is measured on the held-out pairs is measured on what chose the weights.
         """
         steps = self.best.steps
         if not any(steps):
-            return {}
+            return super().summary()
         names = [f"best_step/{number}" for number in range(len(steps))] if len(steps) > 1 else ["best_step"]
-        return dict(zip(names, map(float, steps), strict=True)) | {"eval/chosen_on": 1.0}
+        return super().summary() | dict(zip(names, map(float, steps), strict=True)) | {"eval/chosen_on": 1.0}
 
     def keep_best(self) -> None:
         """Give each member its best weights, where held-out losses were measured."""
@@ -193,27 +197,32 @@ class PairTrainer(Trainer):
             for name, item in weights.items():
                 parameters[name].copy_(item)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Only what is trained, and the best so far: the base is in the registry."""
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        numbered = {
-            f"{number}.{name}": item.detach().cpu().contiguous()
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained of each member: the base is in the registry."""
+        return {
+            f"{number}.{name}": item
             for number in range(len(self.members))
             for name, item in self.members.parameters_of(number).items()
         }
-        save_file(numbered, folder / WEIGHTS)
-        self.best.save(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        weights = load_file(folder / WEIGHTS)
-        for number in range(len(self.members)):
-            start = f"{number}."
-            mine = {key.removeprefix(start): item for key, item in weights.items() if key.startswith(start)}
-            assert mine.keys() == self.members.parameters_of(number).keys(), "the checkpoint is another model's"
-            self._copy(number, mine)
-        self.best.load(folder)
+    def extra_files(self) -> dict[str, Any]:
+        """The best weights so far."""
+        return self.best.files()
+
+    def load_extra_files(self, checkpoint: Path) -> None:
+        self.best.load(checkpoint)
+
+    def running_figures(self) -> dict[str, Any]:
+        """The training pairs since the last line."""
+        return {"tallies": self._tallies.tolist()}
+
+    def restore_figures(self, figures: dict[str, Any]) -> None:
+        self._tallies = torch.tensor(figures["tallies"])
+
+    def sample_ids(self, step: int) -> list[Any]:
+        """The numbers of each member's training pairs."""
+        rows = self.recipe.train.pairs_per_batch
+        return self.order[step * rows : (step + 1) * rows]
 
 
 class HeldOut(TrainerCallback):

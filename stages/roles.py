@@ -15,15 +15,13 @@ from baton.adapter_roles import attach, attach_new, save_adapter
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
 from baton.attention import choose_attention
 from baton.errors import UserError
-from baton.logprobs import TokenLogprobs, token_logprobs
+from baton.logprobs import TokenLogprobs, changes_logits, token_logprobs
 from baton.lora import Acting, Addition, SharedLinear, families, join_families
 from baton.recipe import Lora
 from stages.micro_batch import MicroBatch
 
 POLICY, REFERENCE, VALUE = "policy", "reference", "value"
 
-CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
-"""Settings by which architectures change their logits after the head."""
 
 Critic = Literal["adapter", "shared", "separate"]
 
@@ -322,8 +320,7 @@ def check_head(roles: Roles, ids: list[int]) -> None:
         plain = model(input_ids=given, use_cache=False).logits[0, -1].float()
         decoder = getattr(model, model.base_model_prefix)
         ours = model.get_output_embeddings()(decoder(input_ids=given, use_cache=False).last_hidden_state[0, -1]).float()
-        config = model.config.get_text_config()
-    changed = [name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+        changed = changes_logits(model.config)
     if changed or not torch.allclose(plain, ours, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
         raise UserError(
             f"{type(model).__name__} changes its logits after the output head ({', '.join(changed) or 'seen'}), "

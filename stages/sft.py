@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning on dialogues: a LoRA adapter, with the loss on the assistant's turns only."""
+"""Stage 2: supervised fine-tuning on dialogues, by an adapter or whole, with the loss on the assistant's turns only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from baton.data import load, mix, report
-from baton.errors import UserError
 from baton.questions import ask, load_questions
 from baton.recipe import SFTRecipe
 from baton.registry import Version
@@ -17,69 +16,64 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from baton.packing import Packed
+    from baton.sft_trainer import DialogueTrainer
 
 
 def main(recipe: SFTRecipe) -> Version:
-    """Train a LoRA adapter on dialogues with TRL's SFTTrainer and publish it with its tokenizer and chat template."""
+    """Train an adapter, or every weight, on dialogues with TRL's SFTTrainer; publish it with its chat template."""
     run = Run.start(recipe)
     if version := run.already_published():
         return run.finish(version, "up to date")
-    from datasets import Dataset
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
-    from trl import SFTConfig, SFTTrainer
+    from transformers import set_seed
 
-    from baton.adapters import new_lora_config
     from baton.chat import install_template
     from baton.models import load_tokenizer
-    from baton.packing import collate
-    from baton.schedule import row_order
-    from baton.training import Recorder, drop_incomplete, trainer_settings
+    from baton.sft_trainer import DialogueTrainer
+    from baton.training import train_guarded
+    from baton.tuned import Tuned, check_quantise
 
     started = time.monotonic()
-    train = recipe.train
+    check_quantise(recipe.quantise, run.state.device)
     dialogues, questions = read_dialogues(run)
     base = base_version(run)
     with run.state.main_process_first():
         folder = run.registry.materialise(base)
     tokenizer = load_tokenizer(folder)
-    install_template(tokenizer, recipe.chat_template, recipe.folder)
-    packed = {use: pack_dialogues(run, tokenizer, rows, use) for use, rows in dialogues.items()}
+    run.say(install_template(tokenizer, recipe.chat_template, recipe.folder).describe())
+    packed = {use: pack_dialogues(run, tokenizer, rows, use).rows for use, rows in dialogues.items()}
 
-    set_seed(train.seed)
-    dtype = run.dtype
-    # the frozen base stays in the compute dtype: cast once here, not at every use under autocast
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), new_lora_config(recipe.lora))
-    model.config.use_cache = False  # a cache in training would let packed dialogues attend to each other
-    micro = (train.tokens_per_micro_batch or train.tokens_per_batch) // train.sequence_length
-    settings = trainer_settings(run, train, recipe.rows_per_batch, micro)
-    order = row_order(len(packed["train"].rows), recipe.rows_per_batch, train.steps, train.seed)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**settings, max_length=train.sequence_length, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_list(packed["train"].rows).select(order),
-        data_collator=collate,
-        processing_class=tokenizer,
-        callbacks=[Recorder(run, "sft", train.tokens_per_batch, "tokens")],
-    )
-    trainer.remove_callback(PrinterCallback)
-    last = drop_incomplete(run)
-    metrics: dict[str, Any] = {}
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if run.is_main:
-        with trained.disable_adapter():
-            metrics |= measure(run, trained, tokenizer, packed["eval"], questions, micro, dtype, "_before")
-    trainer.train(resume_from_checkpoint=last)
-    if run.is_main:
-        metrics |= measure(run, trained, tokenizer, packed["eval"], questions, micro, dtype, "")
-        metrics["seconds"] = round(time.monotonic() - started, 1)
-        run.log(train.steps, metrics)
+    before: dict[str, Any] = {}
+
+    def make_trainer(skipped: tuple[int, ...]) -> DialogueTrainer:
+        set_seed(recipe.train.seed)
+        tuned = Tuned.make(
+            folder,
+            run.dtype,
+            trained=recipe.trained,
+            lora=recipe.lora,
+            seed=recipe.train.seed,
+            quantise=recipe.quantise,
+            device=run.state.device,
+        )
+        trainer = DialogueTrainer(run, tuned, tokenizer, packed, skipped)
+        if not before:
+            with tuned.base_alone():
+                before.update(measure(trainer, tokenizer, questions, "_before"))
+        return trainer
+
+    trainer = train_guarded(run, make_trainer)
+    trainer.tuned.round_as_saved()  # what is measured is what is published
+    metrics = before | measure(trainer, tokenizer, questions, "") | trainer.summary()
+    metrics["seconds"] = round(time.monotonic() - started, 1)
+    run.log(recipe.train.steps, metrics)
 
     def write(target: Path) -> None:
-        trained.save_pretrained(target)
+        trainer.tuned.save(target)
         tokenizer.save_pretrained(target)
 
-    return run.finish(run.publish(write, kind="adapter", base=base, parents={"base": base}, metrics=metrics))
+    is_adapter = recipe.trained == "adapter"
+    kind, on_base = ("adapter", base) if is_adapter else ("merged", None)
+    return run.finish(run.publish(write, kind=kind, base=on_base, parents={"base": base}, metrics=metrics))
 
 
 def base_version(run: Run[SFTRecipe]) -> Version:
@@ -116,63 +110,36 @@ def read_dialogues(run: Run[SFTRecipe]) -> tuple[dict[str, list[dict[str, Any]]]
 def pack_dialogues(
     run: Run[SFTRecipe], tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], use: str
 ) -> Packed:
-    """Rendered, masked, cut at `sequence_length`, packed; dialogues with nothing left to train are counted."""
-    from baton.chat import encode_dialogue, has_control_text
-    from baton.packing import pack
+    """Rendered, masked, cut at `sequence_length`, looked over and packed; what was left out is printed."""
+    from rich.console import Console
 
-    length = run.recipe.train.sequence_length
-    documents = []
-    num_cut = num_empty = num_control = 0
-    for row in rows:
-        if has_control_text(tokenizer, row["messages"]):
-            num_control += 1
-            continue
-        ids, is_response = encode_dialogue(tokenizer, row["messages"])
-        num_cut += len(ids) > length
-        ids, is_response = ids[:length], is_response[:length]
-        if any(is_response):
-            documents.append((ids, is_response))
-        else:
-            num_empty += 1
-    if rows and not documents:
-        raise UserError(
-            f"data.{use}: no dialogue has an assistant's token within train.sequence_length = {length} tokens "
-            f"({len(rows):,} dialogues, {num_cut:,} longer); raise train.sequence_length"
-        )
+    from baton.dialogues import encode_dialogues
+    from baton.packing import pack
+    from baton.preflight import preflight
+
+    train = run.recipe.train
+    encoded = encode_dialogues(tokenizer, rows, train.sequence_length, use, train.on_long)
+    preflight(tokenizer, encoded, use, Console() if run.is_main and use == "train" else None)
     assert tokenizer.pad_token_id is not None
-    packed = pack(documents, length, int(tokenizer.pad_token_id))
+    packed = pack(encoded.documents, train.sequence_length, int(tokenizer.pad_token_id))
     if rows:
         run.say(
-            f"{use}: {len(documents):,} dialogues, {packed.num_tokens:,} tokens, {packed.num_in_loss:,} of them "
-            "trained; "
-            f"{len(packed.rows):,} rows of {length}, {packed.padding_share:.1%} padding; {num_cut:,} dialogues cut, "
-            f"{num_empty:,} dropped because no assistant's token was left, {num_control:,} because they spell out a "
-            "special token"
+            f"{use}: {encoded.describe()}; {len(packed.rows):,} rows of {train.sequence_length}, "
+            f"{packed.padding_share:.1%} padding"
         )
     return packed
 
 
 def measure(
-    run: Run[SFTRecipe],
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Packed,
-    questions: list[Any],
-    rows_at_once: int,
-    dtype: Any,
-    suffix: str,
-) -> dict[str, float]:
-    """Held-out loss and answers, each key with `suffix`."""
-    from baton.training import mean_loss
-
-    metrics: dict[str, float] = {}
-    if held_out.rows:
-        metrics["eval/loss"], _ = mean_loss(model, held_out.rows, rows_at_once, dtype)
-    if questions:
-        was_training = model.training
-        model.eval()
-        metrics |= ask(model, tokenizer, questions)[0]
-        model.train(was_training)
+    trainer: DialogueTrainer, tokenizer: PreTrainedTokenizerBase, questions: list[Any], suffix: str
+) -> dict[str, Any]:
+    """Held-out loss and, on the main process, answers, each key with `suffix`."""
+    metrics: dict[str, Any] = {}
+    if trainer.rows["eval"]:
+        metrics["eval/loss"] = trainer.held_out_loss()
+    if questions and trainer.state_of_run.is_main_process:
+        with trainer.tuned.replying() as model:
+            metrics |= ask(model, tokenizer, questions)[0]
     return {key + suffix: value for key, value in metrics.items()}
 
 

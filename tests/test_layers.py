@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {"baton": {"baton"}, "reward": {"baton", "reward"}, "stages": {"baton", "reward", "stages"}}
-PROGRAMS = {"stages.pretrain", "stages.sft", "stages.ppo", "reward.train"}
+PROGRAMS = {"stages.pretrain", "stages.sft", "stages.ppo", "stages.ladder", "reward.train"}
 MODULES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 
 

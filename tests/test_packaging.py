@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = ("s3", "sign", "ui", "rules", "test", "dev")
+EXTRAS = ("s3", "sign", "ui", "rules", "corpus", "test", "dev")
 
 
 def pins() -> dict[str, str]:

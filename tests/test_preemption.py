@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import RECIPES, ROOT, program_environment, weights_digests
+from baton.preemption import Preempted
+from tests.conftest import RECIPES, ROOT, program_environment, run_stage, weights_digests, without_clocks
 
 # a loop like PPO's, whose steps do nothing; what it saved is a file, and its first step is over when `ready` is there
 PROGRAM = """
@@ -166,3 +167,28 @@ def test_ppo_is_preempted_and_ends_bit_by_bit_the_same(tiny_chain: Any, tmp_path
     assert "continuing from" in done.stdout
     version = chain.registry.resolve(chain.versions["ppo"].ref)
     assert weights_digests(version) == weights_digests(tiny_chain.versions["ppo"])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
+def test_the_trainers_stages_are_preempted_and_end_bit_by_bit_the_same(
+    tiny_chain: Any, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, whose main thread gets the signal in the middle of step 1; the program's end is tested above."""
+    from baton.training import Recorder
+
+    chain = tiny_chain.unpublished(stage, tmp_path)
+    ended = Recorder.on_step_end
+
+    def signalled(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ended(self, args, state, control, **kwargs)
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", signalled)
+        with pytest.raises(Preempted, match="preempted and saved at step 2"):
+            run_stage(stage, chain.recipe(stage))
+    assert chain.versions[stage].name not in chain.registry.models()
+    version = run_stage(stage, chain.recipe(stage))
+    assert weights_digests(version) == weights_digests(tiny_chain.versions[stage])
+    assert list(map(without_clocks, chain.metrics(stage))) == list(map(without_clocks, tiny_chain.metrics(stage)))

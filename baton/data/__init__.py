@@ -10,7 +10,7 @@ Formats (`format:` in a recipe) and what a row of each looks like:
   template around the prompt is taken off.
 - `alpaca`: `instruction`, `input`, `output`; instruction and input become one user turn, with a blank line
   between.
-- `sharegpt`: `conversations` of {from, value}.
+- `sharegpt`: `conversations` of {from, value}; `function_call` and `observation` are a tool call and its result.
 - `oasst`: Open Assistant's message trees; see `formats._oasst` for the paths that are taken.
 - `hh`: `chosen` and `rejected` transcripts with "Human:" and "Assistant:".
 - `preference`: `chosen` and `rejected` (strings, a message, or messages) with `prompt`, `conversations` or
@@ -19,6 +19,8 @@ Formats (`format:` in a recipe) and what a row of each looks like:
   the `winner`: model_a, model_b, tie or tie (bothbad).
 - `prompts`: `prompt`, `turns` (the first is the prompt), `question`, `query` or `text`; what else the row has
   stays in `columns`.
+
+A dialogue's `tools` (or `functions`) go to the chat template with it; see `tools` for how calls are written.
 
 Where `format:` is left out, the fields of the first row decide, if they make it plain. `formats.SERVES` says
 which kinds of rows each format can give: preferences serve dialogues by their chosen side, dialogues serve
@@ -35,15 +37,16 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from baton.data.faults import BadRow, Unusable
 from baton.data.files import Record, digest, locate, place_unit, read_hub, read_records
 from baton.data.formats import FORMATS, KINDS, SERVES, convert, detect
-from baton.data.turns import BadRow, Unusable, check_row
+from baton.data.turns import check_row
 from baton.errors import UserError
 
 if TYPE_CHECKING:
     from baton.recipe import Source
 
-__all__ = ["FORMATS", "KINDS", "Dropped", "Loaded", "fingerprint", "load", "mix", "report"]
+__all__ = ["FORMATS", "KINDS", "Dropped", "Loaded", "examples", "fingerprint", "load", "mix", "report"]
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,47 @@ class Loaded:
 def load(source: Source, folder: Path, kind: str) -> Loaded:
     """Read a source into rows of `kind`; a relative path starts at `folder`.
 
-    Rows by kind: text {"text"}, dialogue {"messages"}, preference {"prompt", "chosen", "rejected"} and, where the
-    source tells them, {"margin", "is_tie", "annotator", "pair"} (`judgement.judgement_of`), prompt {"prompt",
-    "columns"}. Raises UserError for whatever is wrong with the file, by file and line. Rows that are well-formed but
-    useless (empty, no reply, equal sides) are dropped and counted; it is an error if none is left.
+    Rows by kind: text {"text"}, dialogue {"messages"} and, where the source has them, {"tools"}, preference {"prompt",
+    "chosen", "rejected"} and, where the source tells them, {"margin", "is_tie", "annotator", "pair"}
+    (`judgement.judgement_of`), prompt {"prompt", "columns"}. Raises UserError for whatever is wrong with the file, by
+    file and line. Rows that are well-formed but useless (empty, no reply, equal sides) are dropped and counted; it is
+    an error if none is left.
+    """
+    facts = fingerprint(source, folder)
+    rows: list[dict] = []
+    places: list[tuple[str, int]] = []
+    dropped: dict[str, Dropped] = {}
+    for record, result in examples(source, folder, kind):
+        if isinstance(result, dict):
+            rows.append(result)
+            places.append((record.file, record.number))
+        else:
+            seen = dropped.get(result) or Dropped(result, 0, record.number, record.file)
+            dropped[result] = Dropped(result, seen.count + 1, seen.first_line, seen.file)
+    if not rows:
+        raise UserError(_nothing_left(source.path, list(dropped.values())))
+    return Loaded(rows, list(dropped.values()), {**facts, "rows": len(rows)}, places)
+
+
+def examples(
+    source: Source, folder: Path, kind: str, longest: int | None = None
+) -> Iterator[tuple[Record, dict | str]]:
+    """Every row of a source as `kind`, or why it is unusable, in order, each read when it is asked for.
+
+    The text of a .txt file that is one document comes in parts of some `longest` characters, cut between two lines.
+    With `longest` a hub dataset is streamed. Raises UserError for whatever is wrong with the file, by file and line.
     """
     assert kind in KINDS, kind
-    facts = fingerprint(source, folder)
     files = locate(source.path, folder)
     if files and source.model_fields_set & {"subset", "split", "revision"}:
         raise UserError(
             f"{source.path} is a local file: subset, split and revision are for hub ids; use rows to take a part"
         )
-    records = read_records(files) if files else read_hub(source.path, source.subset, source.split, source.revision)
+    records = (
+        read_records(files)
+        if files
+        else read_hub(source.path, source.subset, source.split, source.revision, streaming=longest is not None)
+    )
     if source.rows:
         records = _slice(records, *source.rows, source.path)
     records = iter(records)
@@ -89,20 +120,9 @@ def load(source: Source, folder: Path, kind: str) -> Loaded:
     if first is None:
         raise UserError(f"{source.path} is empty; expected at least one row")
     fmt = _settle_format(source, first, kind)
-    rows: list[dict] = []
-    places: list[tuple[str, int]] = []
-    dropped: dict[str, Dropped] = {}
-    for record in _rows_of_text(chain([first], records), fmt):
+    for record in _rows_of_text(chain([first], records), fmt, longest):
         for result in _examples(record, fmt, kind):
-            if isinstance(result, dict):
-                rows.append(result)
-                places.append((record.file, record.number))
-            else:
-                seen = dropped.get(result) or Dropped(result, 0, record.number, record.file)
-                dropped[result] = Dropped(result, seen.count + 1, seen.first_line, seen.file)
-    if not rows:
-        raise UserError(_nothing_left(source.path, list(dropped.values())))
-    return Loaded(rows, list(dropped.values()), {**facts, "rows": len(rows)}, places)
+            yield record, result
 
 
 def fingerprint(source: Source, folder: Path) -> dict[str, Any]:
@@ -215,17 +235,19 @@ def _refuse_other_format(first: Record, fmt: str, kind: str) -> None:
         pass
 
 
-def _rows_of_text(records: Iterable[Record], fmt: str) -> Iterator[Record]:
-    """Turns the lines of .txt files into rows: one a file for `text`, one a line for `lines`."""
+def _rows_of_text(records: Iterable[Record], fmt: str, longest: int | None) -> Iterator[Record]:
+    """Turns the lines of .txt files into rows: for `text` one a file, or part of `longest`; for `lines` one a line."""
     lines: list[Record] = []
+    num_characters = 0
     for record in records:
-        if lines and record.file != lines[0].file:
+        if lines and (record.file != lines[0].file or (longest and num_characters >= longest)):
             yield _document(lines)
-            lines = []
+            lines, num_characters = [], 0
         if not isinstance(record.row, str):
             yield record
         elif fmt == "text":
             lines.append(record)
+            num_characters += len(record.row)
         elif fmt == "lines":
             yield record._replace(row={"text": record.row.rstrip("\r\n")})
         else:

@@ -10,11 +10,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from baton.data.objects import ObjectFile, digest_objects, is_object_url, locate_objects
 from baton.errors import UserError, nearest
+
+DataFile = Path | ObjectFile
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -39,13 +42,17 @@ def place_unit(file: str) -> str:
     return "line" if _inner_suffix(file) in (".txt", ".jsonl") else "row"
 
 
-def locate(path: str, folder: Path) -> list[Path] | None:
+def locate(path: str, folder: Path) -> Sequence[DataFile] | None:
     """The files, sorted, of a `path` (file, folder or glob; relative to `folder`), or None: a hub id.
+
+    The path may be the URL of an object, a prefix or a pattern in an object store.
 
     A hub id is `org/name` with no local file or folder of that name, and none named `org` either: a misspelt
     local path must not be looked up on the hub. Raises UserError where nothing is found or a suffix is not
     read.
     """
+    if is_object_url(path):
+        return _readable(path, locate_objects(path))
     local = folder / Path(path).expanduser()
     if local.is_file():
         files = [local]
@@ -69,12 +76,24 @@ def locate(path: str, folder: Path) -> list[Path] | None:
     return files
 
 
-def digest(files: list[Path]) -> tuple[str, int]:
+def _readable(path: str, objects: list[ObjectFile]) -> list[ObjectFile]:
+    """Those of a listing that are data files."""
+    files = [file for file in objects if _inner_suffix(file.name) and not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"{path} holds no data files; {SUPPORTED}")
+    return files
+
+
+def digest(data_files: Sequence[DataFile]) -> tuple[str, int]:
     """(sha256, size in bytes) of the raw files.
 
     One file: its own sha256, as `sha256sum` prints it. Several: over the sorted names (relative to the folder
-    that they share) with their sha256.
+    that they share) with their sha256. Of objects in a store: over their names, sizes and ETags.
     """
+    objects = [file for file in data_files if isinstance(file, ObjectFile)]
+    if objects:
+        return digest_objects(objects)
+    files = [file for file in data_files if isinstance(file, Path)]
     sizes, digests = 0, []
     shared = os.path.commonpath([file.parent for file in files])
     for file in files:
@@ -89,7 +108,7 @@ def digest(files: list[Path]) -> tuple[str, int]:
     return hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest(), sizes
 
 
-def read_records(files: list[Path]) -> Iterator[Record]:
+def read_records(files: Sequence[DataFile]) -> Iterator[Record]:
     """The raw rows of the files, in order. Raises UserError for a file that is empty, damaged or misnamed."""
     for file in files:
         number = 0
@@ -106,12 +125,18 @@ def read_records(files: list[Path]) -> Iterator[Record]:
             raise UserError(f"{file} is empty; expected at least one row")
 
 
-def read_hub(path: str, subset: str | None, split: str, revision: str | None) -> Iterator[Record]:
-    """The rows of a hub dataset. Raises UserError if it cannot be loaded (absent, offline, no such subset or split)."""
+def read_hub(
+    path: str, subset: str | None, split: str, revision: str | None, streaming: bool = False
+) -> Iterator[Record]:
+    """The rows of a hub dataset, downloaded whole or as they come (`streaming`).
+
+    Raises UserError if it cannot be loaded (absent, offline, no such subset or split).
+    """
     import datasets
 
+    how = {"streaming": True} if streaming else {}
     try:
-        rows = datasets.load_dataset(path, subset, split=split, revision=revision)
+        rows = datasets.load_dataset(path, subset, split=split, revision=revision, **how)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         why = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
@@ -150,18 +175,19 @@ def _missing(local: Path) -> UserError:
     return UserError(f"no data at {local}: in {wanted.parent} there is {', '.join(near) or 'nothing'}")
 
 
-def _open(file: Path, compression: str) -> IO[bytes]:
+def _open(file: DataFile, compression: str) -> IO[bytes]:
     if compression == ".gz":
-        return io.BufferedReader(gzip.open(file))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.open(file if isinstance(file, Path) else file.open()))  # type: ignore[arg-type]
     if compression == ".zst":
         import pyarrow
 
         # the zstandard package reads a cut-off file, or the first frame of several, without any error
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file), "rb"), "zstd"))
-    return file.open("rb")
+        raw = pyarrow.OSFile(str(file), "rb") if isinstance(file, Path) else pyarrow.PythonFile(file.open(), "r")
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return file.open("rb") if isinstance(file, Path) else file.open()
 
 
-def _decode(raw: bytes, file: Path, line: int) -> str:
+def _decode(raw: bytes, file: DataFile, line: int) -> str:
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -169,19 +195,19 @@ def _decode(raw: bytes, file: Path, line: int) -> str:
         raise UserError(f"{file} line {line} is not UTF-8: save the file as UTF-8") from None
 
 
-def _read_txt(stream: IO[bytes], file: Path) -> Iterator[tuple[int, str]]:
+def _read_txt(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, str]]:
     for number, raw in enumerate(stream, 1):
         yield number, _decode(raw, file, number)
 
 
-def _read_jsonl(stream: IO[bytes], file: Path) -> Iterator[tuple[int, dict]]:
+def _read_jsonl(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, dict]]:
     for number, raw in enumerate(stream, 1):
         line = _decode(raw, file, number).strip()
         if line:
             yield number, _object(_parse(line, f"{file} line {number}"), f"{file} line {number}")
 
 
-def _read_json(stream: IO[bytes], file: Path) -> Iterator[tuple[int, dict]]:
+def _read_json(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, dict]]:
     text = _decode(stream.read(), file, 1)
     if not text.strip():
         return
@@ -192,7 +218,7 @@ def _read_json(stream: IO[bytes], file: Path) -> Iterator[tuple[int, dict]]:
         yield number, _object(row, f"{file} row {number}")
 
 
-def _read_parquet(stream: IO[bytes], file: Path) -> Iterator[tuple[int, dict]]:
+def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, dict]]:
     import pyarrow
     from pyarrow import parquet
 

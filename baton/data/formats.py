@@ -7,15 +7,15 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
+from baton.data.faults import BadRow, Unusable
 from baton.data.files import describe
 from baton.data.judgement import by_winner, check_judged, judgement_of, part_ways
+from baton.data.tools import read_tools
 from baton.data.turns import (
     FROM_VALUE,
     NAME_TEXT,
     ROLE_CONTENT,
-    BadRow,
     Messages,
-    Unusable,
     is_transcript,
     optional_text,
     read_message,
@@ -138,7 +138,7 @@ def _prompt_completion(row: dict, kind: str) -> list[dict]:
     completion = _reply(row, reply)
     if kind == "prompt":
         return [{"prompt": prompt, "columns": _others(row, name, "system")}]
-    return [{"messages": prompt + completion}]
+    return [_dialogue(prompt + completion, row)]
 
 
 def _alpaca(row: dict, kind: str) -> list[dict]:
@@ -314,9 +314,15 @@ def _others(row: dict, *used: str) -> dict:
     return {name: value for name, value in row.items() if name not in used}
 
 
+def _dialogue(messages: Messages, row: dict) -> dict:
+    """A normalised dialogue, with the tools that it was held with where the row has them."""
+    tools = read_tools(row)
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
 def _of_dialogue(messages: Messages, row: dict, kind: str, *used: str) -> list[dict]:
     if kind == "dialogue":
-        return [{"messages": messages}]
+        return [_dialogue(messages, row)]
     answered = bool(messages) and messages[-1]["role"] == "assistant"
     return [{"prompt": messages[:-1] if answered else messages, "columns": _others(row, *used)}]
 
@@ -329,7 +335,7 @@ def _of_pair(prompt: Messages, chosen: Messages, rejected: Messages, kind: str, 
         return [{"prompt": prompt, "chosen": chosen, "rejected": rejected, **facts}]
     if facts.get("is_tie"):
         raise Unusable("a tie: neither reply was chosen")
-    return [{"messages": prompt + chosen}]
+    return [_dialogue(prompt + chosen, row)]
 
 
 def _node(node: Any, name: str) -> dict:

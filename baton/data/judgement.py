@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from baton.data.faults import BadRow, Unusable
 from baton.data.files import describe
-from baton.data.turns import BadRow, Messages, Unusable
+from baton.data.turns import Messages
 
 # of UltraFeedback's binarized rows, and of those that argilla and others made of them
 _SCORES = (

@@ -6,7 +6,9 @@ import re
 from itertools import pairwise
 from typing import Any
 
+from baton.data.faults import BadRow, Unusable
 from baton.data.files import describe
+from baton.data.tools import read_calls
 
 Messages = list[dict[str, Any]]
 
@@ -14,23 +16,15 @@ ROLES = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "agent", "bot", "model", "chatgpt", "function_call"),
-    "tool": ("tool", "observation", "function_response"),
+    "tool": ("tool", "observation", "function_response", "function"),
 }
 _ROLE_OF = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 # what chat templates read beside role and content; anything else (ids, ratings) would only widen the rows
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+_KEPT = ("name", "tool_call_id", "reasoning_content")
 ROLE_CONTENT, FROM_VALUE, NAME_TEXT = ("role", "content"), ("from", "value"), ("name", "text")
 # the marker starts a paragraph: "Human:" in the middle of a line is text
 _MARKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class BadRow(Exception):
-    """A row is not what its format says; the message names the field. Becomes a UserError with its place."""
-
-
-class Unusable(Exception):
-    """A well-formed row from which nothing can be learned; the message is the reason it is counted under."""
 
 
 def text_field(row: dict, *names: str) -> str:
@@ -72,11 +66,24 @@ def read_message(message: Any, name: str, *pairs: tuple[str, str]) -> dict[str, 
     if not isinstance(role, str) or role.lower() not in _ROLE_OF:
         raise BadRow(f"has {role!r} as `{name}.{pair[0]}`; known are {', '.join(_ROLE_OF)}")
     extras = {key: message[key] for key in _KEPT if key not in pair and message.get(key) is not None}
-    if content is None and "tool_calls" in extras:
-        content = ""
+    if calls := read_calls(message, role.lower(), content, name):
+        extras["tool_calls"] = calls
+        if content is None or role.lower() == "function_call":
+            content = ""
+    if isinstance(content, list):
+        content = _joined_parts(content, f"{name}.{pair[1]}")
     if not isinstance(content, str):
         raise BadRow(f"has {describe(content)} as `{name}.{pair[1]}`; expected a string")
     return {**say(_ROLE_OF[role.lower()], content), **extras}
+
+
+def _joined_parts(parts: list, name: str) -> str:
+    """Content that is written as a list of text parts."""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise BadRow(f"has a part that is no text as `{name}[{index}]`; expected {{type: text, text}}")
+    return "".join(text for text in texts if text is not None)
 
 
 def read_speakers(value: list, name: str) -> Messages:
@@ -103,8 +110,9 @@ def read_transcript(row: dict, name: str) -> Messages:
 
 def check_row(row: dict, kind: str) -> None:
     """Raises Unusable, with the reason, for a normalised row of `kind` that a stage could not train on."""
-    texts = [message["content"] for part in row.values() if isinstance(part, list) for message in part]
-    if any(_SURROGATE.search(text) for text in [*texts, row.get("text", "")]):
+    sides = ("messages", "prompt", "chosen", "rejected")
+    texts = [text for side in sides for message in row.get(side, ()) for text in _texts(message)]
+    if any(_SURROGATE.search(text) for text in [*texts, *_texts(row.get("tools")), row.get("text", "")]):
         raise Unusable("half a surrogate pair, which no tokenizer reads")
     if kind == "text":
         if not row["text"].strip():
@@ -136,6 +144,8 @@ def _check_replies(row: dict) -> None:
         reply = row[side]
         if not reply or {reply[0]["role"], reply[-1]["role"]} != {"assistant"}:
             raise Unusable("a reply that is not the assistant's")
+        if side == "rejected" and len(reply) == 1 and _is_empty(reply[0]):
+            continue  # that no answer is worse than the chosen one is a judgement like any other
         if any(_is_empty(message) for message in reply):
             raise Unusable("empty reply")
         _check_turns(row["prompt"] + reply)
@@ -155,6 +165,15 @@ def _check_turns(messages: Messages) -> None:
             raise Unusable(f"two {message['role']} turns in a row")
     if any(_is_empty(message) for message in messages):
         raise Unusable("empty turn")
+
+
+def _texts(value: Any) -> list[str]:
+    """All strings in a message or another value of nested lists and objects, names included."""
+    if isinstance(value, dict):
+        return [text for part in [*value, *value.values()] for text in _texts(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
 
 
 def _is_empty(message: dict) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from baton.data import load
+from baton.data.faults import BadRow, Unusable
 from baton.data.files import Record, describe, locate, read_records
 from baton.data.formats import convert
-from baton.data.turns import BadRow, Messages, Unusable, check_row, say
+from baton.data.turns import Messages, check_row, say
 from baton.errors import UserError
 from baton.recipe import Source
 

@@ -12,7 +12,12 @@ from baton import attention
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("strided", [False, True])
-def test_equals_torchs_attention_and_its_gradients(heads: tuple[int, int], strided: bool) -> None:
+@pytest.mark.parametrize("whole", [512, 6], ids=["whole", "blocks"])
+def test_equals_torchs_attention_and_its_gradients(
+    heads: tuple[int, int], strided: bool, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "WHOLE", whole)
+    monkeypatch.setattr(attention, "BLOCK", 3)  # of 7 tokens
     generator = torch.Generator().manual_seed(1)
 
     def draw(count: int) -> torch.Tensor:
@@ -55,8 +60,8 @@ def test_a_whole_model_gives_the_same_by_every_attention(tiny_llama: torch.nn.Mo
 @pytest.mark.parametrize(
     ("length", "change", "is_short"),
     [
-        (512, {}, True),
-        (513, {}, False),
+        (1024, {}, True),
+        (1025, {}, False),
         (40, {"sliding_window": 8}, False),
         (40, {"sliding_window": 40}, True),
         (40, {"model_type": "gpt_oss"}, False),

@@ -132,14 +132,23 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
     return put
 
 
-def test_a_template_without_markers_is_refused(bare: Any, write: Callable[[str], Path]) -> None:
-    """`add_generation_prompt` in a template is no marker."""
+def test_a_template_without_markers_gets_its_mask_from_its_prefixes(bare: Any, write: Callable[[str], Path]) -> None:
     bare.eos_token = "<|im_end|>"
-    with pytest.raises(UserError, match="mine.jinja marks no assistant turns"):
-        install_template(bare, "mine.jinja", write(UNMARKED))
+    install_template(bare, "mine.jinja", write(UNMARKED))
+    ids, mask = encode_dialogue(bare, DIALOGUE)
+    said = [token for token, trained in zip(ids, mask, strict=True) if trained]
+    assert bare.decode(said) == "In Redcliff.<|im_end|>She is a baker.<|im_end|>"
     bare.chat_template = UNMARKED
-    with pytest.raises(UserError, match="keep marks no assistant turns"):
-        install_template(bare, "keep", Path())
+    install_template(bare, "keep", Path())
+    assert encode_dialogue(bare, DIALOGUE) == (ids, mask)
+
+
+def test_a_template_that_opens_no_turn_is_refused(bare: Any, write: Callable[[str], Path]) -> None:
+    """Without markers and without a generation prompt, the assistant's header would count as what it says."""
+    bare.eos_token = "<|im_end|>"
+    silent = UNMARKED.replace("<|im_end|>", "") + "{% if add_generation_prompt %}!{% endif %}"
+    with pytest.raises(UserError, match="mine.jinja: the template marks no assistant turns and is not prefix-stable"):
+        install_template(bare, "mine.jinja", write(silent))
 
 
 def test_a_template_that_never_trains_the_stop_is_refused(bare: Any, write: Callable[[str], Path]) -> None:
@@ -167,7 +176,7 @@ def test_a_vocabulary_without_the_turn_tokens_is_refused() -> None:
 def test_keep_without_a_template_and_an_unknown_name(bare: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="chat_template: keep, but the base has none"):
         install_template(bare, "keep", tmp_path)
-    with pytest.raises(UserError, match="chat_template: chatlm is neither chatml, keep nor a file at"):
+    with pytest.raises(UserError, match="chat_template: chatlm is neither chatml, .* keep nor a file at"):
         install_template(bare, "chatlm", tmp_path)
 
 

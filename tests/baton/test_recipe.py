@@ -109,7 +109,11 @@ def test_a_key_like_no_other_lists_the_valid_ones(folder: Path) -> None:
         ("sft", "train.steps=0", "train.steps is 0: input should be greater than 0"),
         ("sft", "train.steps=2.5", "train.steps is 2.5"),
         ("sft", "train.learning_rate=-1", "train.learning_rate is -1"),
-        ("sft", "train.schedule=sine", "train.schedule is 'sine': input should be 'constant', 'linear' or 'cosine'"),
+        (
+            "sft",
+            "train.schedule=sine",
+            "train.schedule is 'sine': input should be 'constant', 'linear', 'cosine' or 'wsd'",
+        ),
         ("sft", "data=3", "data is 3"),
         ("sft", "data.train=[]", "data.train is []: list should have at least 1 item"),
         ("sft", "data.train=[{path: x, format: mesages}]", "data.train.0.format is 'mesages'"),
@@ -135,7 +139,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(folder: Path, stage: str,
         ("sft", "publish.name"),
         ("sft", "train.steps"),
         ("sft", "train.sequence_length"),
-        ("pretrain", "model.layers"),
+        ("pretrain", "publish.name"),
         ("pretrain", "mode"),
         ("reward", "train.max_length"),
         ("ppo", "reward"),
@@ -153,6 +157,13 @@ def test_a_missing_key_is_named(folder: Path, stage: str, key: str) -> None:
     del section[last]
     path.write_text(yaml.safe_dump(content))
     assert refusal(path) == f"{path}: {key} is missing"
+
+
+def test_a_missing_figure_of_a_shape_is_named(folder: Path) -> None:
+    said = refusal(folder / "pretrain.yaml", "model.layers=null")
+    assert said == f"{folder / 'pretrain.yaml'}: model: layers missing; give all of hidden_size, layers, heads, " + (
+        "intermediate_size, or a size"
+    )
 
 
 def test_several_mistakes_are_told_at_once(folder: Path) -> None:
@@ -197,7 +208,7 @@ def test_the_wrong_program_refuses_a_file(folder: Path) -> None:
 def test_an_unknown_stage(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    assert "expected one of world, pretrain, sft, reward, ppo" in refusal(path)
+    assert "expected one of world, ladder, pretrain, sft, reward, ppo" in refusal(path)
 
 
 @pytest.mark.parametrize(

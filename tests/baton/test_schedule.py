@@ -1,6 +1,6 @@
 """The order of training rows: every row once an epoch, a function of seed and step, lengths sorted inside a batch."""
 
-from baton.schedule import row_order
+from baton.schedule import batch_number, row_order
 
 
 def batches(order: list[int], size: int) -> list[list[int]]:
@@ -32,3 +32,8 @@ def test_lengths_sort_inside_a_batch_and_never_across() -> None:
         assert sorted(ours) == sorted(theirs)
         assert [lengths[row] for row in ours] == sorted((lengths[row] for row in theirs), reverse=True)
     assert by_length != plain
+
+
+def test_batches_are_read_in_order_without_the_skipped_ones() -> None:
+    assert [batch_number(step) for step in range(4)] == [0, 1, 2, 3]
+    assert [batch_number(step, [5, 3, 4, 0, 3]) for step in range(5)] == [1, 2, 6, 7, 8]

@@ -11,7 +11,8 @@ from transformers import TrainerControl, TrainerState
 
 from baton.packing import pack
 from baton.run import Run
-from baton.training import Recorder, drop_incomplete, mean_loss, trainer_settings
+from baton.train_sections import TokenTrain
+from baton.training import Recorder, drop_incomplete, mean_loss, schedule_settings, trainer_settings
 
 
 @pytest.fixture
@@ -64,6 +65,78 @@ def test_the_recipes_settings_reach_the_trainer(tiny_chain: Any, run: Run[Any]) 
     assert (arguments.logging_steps, arguments.save_steps, arguments.bf16) == (3, 7, True)
 
 
+def rates(steps: int, **settings: Any) -> list[float]:
+    """The learning rate of each step, as the Trainer's own schedule gives it."""
+    from transformers import TrainingArguments, get_scheduler
+
+    train = TokenTrain(steps=steps, learning_rate=2.0, tokens_per_batch=8, sequence_length=8, **settings)
+    arguments = TrainingArguments(use_cpu=True, report_to=[], **schedule_settings(train))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train.learning_rate)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    found = []
+    for _ in range(steps + 1):  # the last one is what a further step would have
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant", "warmup_steps": 2}, [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2]),
+        ({"schedule": "linear"}, [2, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, 0.4, 0.2, 0]),
+        ({"schedule": "linear", "final_share": 0.5}, [2, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3, 1.2, 1.1, 1]),
+        # half a cosine: at a third and two thirds of the way 0.75 and 0.25, in the middle 0.5
+        ({"schedule": "cosine", "warmup_steps": 4}, [0, 0.5, 1, 1.5, 2, None, 1.5, 1, 0.5, None, 0]),
+        (
+            {"schedule": "cosine", "warmup_steps": 4, "final_share": 0.1},
+            [0, 0.5, 1, 1.5, 2, None, 1.55, 1.1, 0.65, None, 0.2],
+        ),
+        # 4 steps of decay by 1 - sqrt: after one of them 1 - 1/2
+        ({"schedule": "wsd", "warmup_steps": 2, "decay_share": 0.4}, [0, 1, 2, 2, 2, 2, 2, 1, None, None, 0]),
+        ({"schedule": "wsd"}, [2, 2, 2, 2, 2, 2, 2, 2, 2, None, 0]),
+        (
+            {"schedule": "wsd", "decay_share": 0.4, "decay_shape": "linear", "final_share": 0.2},
+            [2, 2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4],
+        ),
+    ],
+)
+def test_schedules_by_hand(settings: dict[str, Any], expected: list[float | None]) -> None:
+    found = rates(10, **settings)
+    assert [rate if wanted is not None else None for rate, wanted in zip(found, expected, strict=True)] == [
+        None if wanted is None else pytest.approx(wanted, abs=1e-6) for wanted in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"schedule": "cosine", "decay_share": 0.1}, "schedule: cosine would ignore decay_share"),
+        ({"schedule": "linear", "decay_shape": "linear"}, "schedule: linear would ignore decay_shape"),
+        ({"schedule": "constant", "final_share": 0.1}, "constant would ignore final_share"),
+        ({"schedule": "wsd", "warmup_steps": 9}, "9 steps of warm-up and 2 of decay are more than 10 steps"),
+    ],
+)
+def test_settings_of_another_schedule_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TokenTrain(steps=10, learning_rate=1.0, tokens_per_batch=8, sequence_length=8, **settings)
+
+
+def test_a_stage_may_add_figures_to_the_lines(run: Run[Any]) -> None:
+    recorder = Recorder(run, "sft", 256, "tokens", lambda rate: {"mfu": rate / 2})
+    recorder.on_train_begin(SimpleNamespace(), step(0), TrainerControl())  # type: ignore[arg-type]
+    recorder.on_log(SimpleNamespace(), step(2), TrainerControl(), logs={"loss": 1.0})  # type: ignore[arg-type]
+    row = json.loads((run.folder / "metrics.jsonl").read_text())
+    assert row["tokens_per_s"] > 0 and row["mfu"] == pytest.approx(row["tokens_per_s"] / 2, rel=1e-3)
+
+
 def step(number: int) -> TrainerState:
     return TrainerState(global_step=number, max_steps=4)
 
@@ -86,7 +159,7 @@ def test_the_recorder_marks_checkpoints_and_keeps_metrics(run: Run[Any]) -> None
     assert run.last_checkpoint() == checkpoint
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 9.0), (2, 8.0)]
-    assert set(rows[1]) == {"step", "time_s", "loss", "grad_norm"}
+    assert set(rows[1]) == {"step", "time_s", "loss", "grad_norm", "tokens_per_s", "time_left_s"}
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

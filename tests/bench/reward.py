@@ -74,8 +74,8 @@ def write_pairs(args: argparse.Namespace, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     from baton.chat import encode_scored
+    from baton.data.faults import Unusable
     from baton.data.formats import convert
-    from baton.data.turns import Unusable
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     kept: list[str] = []

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from baton.checkpoints import _write
 from reward.best import Best
 
 
@@ -51,7 +52,8 @@ def test_a_checkpoint_holds_everything(tmp_path: Path) -> None:
     best, again = Best(2, 3), Best(2, 3)
     best.note(1, 4, 0.5, weights(7))
     best.note(1, 5, 0.6, weights(8))
-    best.save(tmp_path)
+    for name, content in best.files().items():
+        _write(tmp_path / name, content)
     again.load(tmp_path)
     assert (again.losses, again.steps, again.waited) == ([float("inf"), 0.5], [0, 4], [0, 1])
     assert again.weights[0] == {} and again.weights[1]["w"].item() == 7

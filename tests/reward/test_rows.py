@@ -2,8 +2,9 @@
 
 import torch
 
+from baton.length_groups import groups
 from reward.pairs import Pair
-from reward.rows import groups, pair_rows, width
+from reward.rows import pair_rows, width
 
 
 def pair(chosen: list[int], rejected: list[int], shared: int) -> Pair:

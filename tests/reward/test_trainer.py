@@ -154,7 +154,9 @@ def test_the_best_weights_are_kept_and_patience_ends_the_training(make: Callable
 
     trainer.held_out_losses = measured  # type: ignore[method-assign]
     trainer.train()
-    assert trainer.state.global_step == 4 and trainer.summary() == {"best_step": 2.0, "eval/chosen_on": 1.0}
+    assert trainer.state.global_step == 4 and trainer.best.steps == [2]
+    chosen = {"best_step": 2.0, "eval/chosen_on": 1.0}
+    assert trainer.summary() == {"skipped_steps": 0, "rollbacks": 0} | chosen
     trainer.keep_best()
     assert all(torch.equal(parameters[name], item) for name, item in seen[2].items())
     assert any(not torch.equal(parameters[name], item) for name, item in seen[4].items())
@@ -205,10 +207,10 @@ def test_a_run_that_had_ended_before_it_was_killed_is_not_trained_on(
     whole = make(*settings)
     losses = [0.6, 0.5, 0.55, 0.7]
     whole.held_out_losses = lambda: [losses[whole.state.global_step - 1]]  # type: ignore[method-assign]
-    whole.train_on(None)
+    whole.train_from(None)
     whole.keep_best()
     again = make(*settings)
-    again.train_on(str(tmp_path / "run" / "checkpoints" / "checkpoint-4"))
+    again.train_from(str(tmp_path / "run" / "checkpoints" / "checkpoint-4"))
     again.keep_best()
     assert again.state.global_step == whole.state.global_step == 4 and again.summary() == whole.summary()
     ours, theirs = again.members.parameters_of(0), whole.members.parameters_of(0)

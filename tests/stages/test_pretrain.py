@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,24 @@ def nats(model: Any, parts: list[list[int]]) -> tuple[float, int]:
             table = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
             total -= sum(float(table[at, token]) for at, token in enumerate(ids[1:]))
             count += len(ids) - 1
+    return total, count
+
+
+def windowed_nats(model: Any, documents: list[list[int]], length: int) -> tuple[float, int]:
+    """(total, tokens): each token once, after all that its document has before it, of which half a row is enough."""
+    total, count = 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for ids in documents:
+            done = 1
+            while done < len(ids):
+                start = 0 if done == 1 else done - length // 2
+                window = ids[start : start + length]
+                table = model(input_ids=torch.tensor([window]), use_cache=False).logits[0].log_softmax(-1)
+                predicted = range(done - start, len(window))
+                total -= sum(float(table[at - 1, window[at]]) for at in predicted)
+                count += len(predicted)
+                done = start + len(window)
     return total, count
 
 
@@ -80,7 +99,7 @@ def test_held_out_bits_per_byte(tiny_chain: Any) -> None:
     folder = tiny_chain.folder("pretrain")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = texts_of(tiny_chain, "text_eval")
-    total, count = nats(model, pieces(tokenizer, texts, 64))
+    total, count = windowed_nats(model, pieces(tokenizer, texts, 10**6), 64)
     metrics = tiny_chain.versions["pretrain"].manifest["metrics"]
     assert metrics["eval/loss"] == pytest.approx(total / count, abs=1e-4)
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -135,6 +154,80 @@ def test_the_same_again_is_up_to_date(tiny_chain: Any, tmp_path: Path) -> None:
     assert status["state"] == "up to date" and not (chain.run_dir("pretrain") / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model={size: 2M}", "size would be ignored"),
+        ("model.layers=null", "layers missing"),
+        ("mode=continue", "mode: continue needs base"),
+        ("data.train=[{path: a.txt, replay: true}]", "replay is for mode: continue"),
+        ("base=tiny/base:main", "mode: scratch takes no base"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tiny_chain: Any, tmp_path: Path, override: str, message: str) -> None:
+    chain = tiny_chain.copy(tmp_path)
+    with pytest.raises(UserError, match=message):
+        chain.recipe("pretrain", override)
+
+
+CONTINUED = """
+stage: pretrain
+mode: continue
+base: {base}
+registry: {root}/registry
+run_dir: {root}/runs/continued
+dtype: float32
+publish: {{name: tiny/continued, alias: main}}
+data:
+  train:
+    - {{path: world/text_eval.jsonl, share: 0.7}}
+    - {{path: world/text_train.jsonl, share: 0.3, replay: true}}
+  eval: [{{path: world/text_eval.jsonl}}]
+  deduplicate: false
+continuations: 0
+train: {{steps: 8, tokens_per_batch: 256, sequence_length: 64, learning_rate: 5.0e-3, seed: 3, save_every: 4,
+        log_every: 4}}
+"""
+
+
+def continued(chain: Any, base: str, *overrides: str) -> Any:
+    from baton.recipe import load_recipe
+
+    (chain.root / "continued.yaml").write_text(CONTINUED.format(base=base, root=chain.root))
+    return load_recipe(chain.root / "continued.yaml", list(overrides))
+
+
+def test_a_base_is_trained_further(tiny_chain: Any, tmp_path: Path) -> None:
+    chain = tiny_chain.copy(tmp_path)
+    recipe = continued(chain, "tiny/base:main")
+    assert recipe.train.warmup_steps == 1, "the learning rate rises again"
+    version = pretrain.main(recipe)
+    parent = tiny_chain.versions["pretrain"]
+    assert version.kind == "base" and version.manifest["parents"] == {"base": parent.digest}
+    assert version.manifest["tokenizer_digest"] == parent.manifest["tokenizer_digest"]
+    metrics = version.manifest["metrics"]
+    assert metrics["before/loss"] == pytest.approx(parent.manifest["metrics"]["eval/loss"], abs=1e-4)
+    assert metrics["eval/loss"] < metrics["before/loss"] - 0.1
+
+
+def test_a_base_from_outside_is_registered_as_the_parent(tiny_chain: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    chain = tiny_chain.copy(tmp_path)
+    version = pretrain.main(continued(chain, str(tiny_chain.folder("pretrain")), "train.steps=2", "data.eval=[]"))
+    parent = chain.registry.resolve("tiny/continued-start:main")
+    assert version.manifest["parents"] == {"base": parent.digest}
+    before, after = (load_file(chain.registry.materialise(v) / "model.safetensors") for v in (parent, version))
+    assert before.keys() == after.keys() and not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_rows_longer_than_the_base_knows_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
+    chain = tiny_chain.copy(tmp_path)
+    with pytest.raises(UserError, match="knows 1024 positions"):
+        overrides = ("train.sequence_length=2048", "train.tokens_per_batch=2048", "data.eval=[]")
+        pretrain.main(continued(chain, "tiny/base:main", *overrides))
+
+
 def load_recipe_text(chain: Any, base: str) -> str:
     return (
         f"stage: pretrain\nmode: load\nbase: {base}\nregistry: {chain.root}/registry\n"
@@ -175,3 +268,25 @@ def test_heads_that_do_not_divide_the_width_are_refused(tiny_chain: Any, tmp_pat
     chain = tiny_chain.copy(tmp_path)
     with pytest.raises(UserError, match=r"hidden_size \(30\) must be an even multiple of heads \(4\)"):
         pretrain.main(chain.recipe("pretrain", "model.hidden_size=30"))
+
+
+def test_averaged_weights_are_measured_and_published_and_resumed(tiny_chain: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    overrides = [
+        "publish.name=tiny/averaged",
+        "data.questions=[]",
+        "ngram_order=null",
+        "train.ema=0.9",
+        "continuations=0",
+    ]
+    chain = tiny_chain.copy(tmp_path)
+    whole = pretrain.main(chain.recipe("pretrain", *overrides))
+    assert whole.manifest["metrics"]["eval/loss"] != tiny_chain.versions["pretrain"].manifest["metrics"]["eval/loss"]
+    tensors = load_file(chain.registry.materialise(whole) / "model.safetensors")
+    # killed after the checkpoint of step 3
+    shutil.rmtree(tmp_path / "registry" / "models" / "tiny" / "averaged")
+    shutil.rmtree(chain.run_dir("pretrain") / "checkpoints" / "checkpoint-6")
+    again = pretrain.main(chain.recipe("pretrain", *overrides))
+    for name, tensor in load_file(chain.registry.materialise(again) / "model.safetensors").items():
+        assert torch.equal(tensor, tensors[name]), name

@@ -165,6 +165,16 @@ def test_dialogues_are_cut_and_counted(run: Any, tokenizer: Any, capsys: pytest.
     assert packed.num_tokens == 128 + len(marked(tokenizer, short)[0])
 
 
+def test_on_long_drop_leaves_long_dialogues_out(tiny_chain: Any, tmp_path: Path, tokenizer: Any) -> None:
+    from baton.run import Run
+
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    half = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "word " * 200}]
+    dropping = Run.start(tiny_chain.copy(tmp_path).recipe("sft", "train.on_long=drop"))
+    packed = sft.pack_dialogues(dropping, tokenizer, [{"messages": m} for m in (short, half)], "train")
+    assert packed.num_tokens == len(marked(tokenizer, short)[0])
+
+
 def test_nothing_left_after_truncation_is_refused(tiny_chain: Any, tmp_path: Path) -> None:
     chain = tiny_chain.copy(tmp_path)
     before = chain.registry.numbers("tiny/sft")
@@ -198,3 +208,152 @@ def test_a_reward_model_is_no_base(tiny_chain: Any, tmp_path: Path) -> None:
     chain = tiny_chain.copy(tmp_path)
     with pytest.raises(UserError, match="tiny/reward:1 is a reward version; sft trains an adapter on a base"):
         sft.main(chain.recipe("sft", "base=tiny/reward:1"))
+
+
+def trainer_on(chain: Any, to: Path, *overrides: str) -> Any:
+    """A trainer on the first dialogues, as `main` makes it."""
+    from transformers import AutoTokenizer
+
+    from baton.run import Run
+    from baton.sft_trainer import DialogueTrainer
+    from baton.tuned import Tuned
+
+    run = Run.start(chain.copy(to).recipe("sft", "train.tokens_per_batch=384", *overrides))
+    tokenizer = AutoTokenizer.from_pretrained(chain.folder("sft"))
+    rows = [{"messages": messages} for messages in dialogues(chain, "dialogues", 12)]
+    uses = {"train": rows, "eval": rows[:3]}
+    packed = {use: sft.pack_dialogues(run, tokenizer, some, use).rows for use, some in uses.items()}
+    recipe, base = run.recipe, chain.folder("pretrain")
+    tuned = Tuned.make(base, run.dtype, trained=recipe.trained, lora=recipe.lora, seed=1)
+    for name, parameter in tuned.parameters().items():
+        if name.endswith(("up", "lora_B.default.weight")):  # zero at first: nothing would reach `down`
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return DialogueTrainer(run, tuned, tokenizer, packed)
+
+
+def step_of(trainer: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one batch of all rows but one."""
+    loss = trainer.training_step(trainer.model, {"row": torch.arange(len(trainer.rows["train"]) - 1)})
+    return float(loss), {name: p.grad.clone() for name, p in trainer.tuned.parameters().items()}
+
+
+@pytest.fixture(scope="module")
+def reference_step(tiny_chain: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    trainer = trainer_on(tiny_chain, tmp_path_factory.mktemp("reference"), "train.packing=false")
+    assert len(trainer.rows["train"]) > 4
+    return step_of(trainer)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.packing=true",),
+        ("train.packing=true", "train.tokens_per_micro_batch=384"),
+        ("train.packing=false", "train.tokens_per_micro_batch=384"),
+    ],
+    ids=["packed", "packed at once", "apart at once"],
+)
+def test_a_step_does_not_depend_on_how_it_is_computed(
+    overrides: tuple[str, ...], tiny_chain: Any, tmp_path: Path, reference_step: Any
+) -> None:
+    loss, gradients = step_of(trainer_on(tiny_chain, tmp_path, *overrides))
+    assert loss == pytest.approx(reference_step[0], rel=1e-5)
+    assert gradients.keys() == reference_step[1].keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, reference_step[1][name], rtol=1e-4, atol=1e-6)
+    assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3
+
+
+def test_noise_on_the_embeddings_is_in_training_alone(tiny_chain: Any, tmp_path: Path, reference_step: Any) -> None:
+    noisy = trainer_on(tiny_chain, tmp_path / "a", "neftune_alpha=20")
+    plain = trainer_on(tiny_chain, tmp_path / "b")
+    loss, _ = step_of(noisy)
+    assert loss == step_of(noisy)[0] != pytest.approx(reference_step[0], abs=1e-3)
+    noisy.state.global_step = 1
+    assert step_of(noisy)[0] != pytest.approx(loss, abs=1e-4), "drawn anew at every step"
+    assert noisy.held_out_loss() == plain.held_out_loss()
+    embeddings = noisy.tuned.plain.get_input_embeddings()
+    assert not embeddings._forward_hooks and not hasattr(embeddings, "neftune_noise_alpha")
+
+
+def test_dora_is_published_as_peft_reads_it_and_what_follows_says_what_it_wants(
+    tiny_chain: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from reward.train import main as train_reward
+
+    chain = tiny_chain.copy(tmp_path)
+    version = sft.main(
+        chain.recipe(
+            "sft",
+            "lora={r: 4, alpha: 8, dora: true, rank_stabilised: true, dropout: 0.1}",
+            "neftune_alpha=5",
+            "publish={name: tiny/dora, alias: candidate}",
+            "data.questions=[]",
+            "train.steps=2",
+        )
+    )
+    folder = chain.registry.materialise(version)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["use_dora"] and config["use_rslora"] and version.kind == "adapter"
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_chain.folder("pretrain"))
+    tuned = PeftModel.from_pretrained(fresh, folder).eval()
+    found = mean_nats(tuned, tokenizer, dialogues(tiny_chain, "dialogues_eval"))
+    assert version.manifest["metrics"]["eval/loss"] == pytest.approx(found, abs=1e-4)
+    assert found != pytest.approx(version.manifest["metrics"]["eval/loss_before"], abs=1e-4)
+    with pytest.raises(UserError, match="plain LoRA adapters; this one has use_dora. Merge it first"):
+        train_reward(chain.recipe("reward", f"sft={version.ref}"))
+    with pytest.raises(UserError, match="tiny/sft:1 is an adapter, which goes on as the reward's. Leave lora out"):
+        train_reward(chain.recipe("reward", "lora={r: 2}"))
+
+
+def test_trained_whole_it_goes_on_to_reward_and_policy(tiny_chain: Any, tmp_path: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from reward.train import main as train_reward
+    from stages.ppo import main as train_policy
+
+    chain = tiny_chain.copy(tmp_path)
+    recipe = chain.root / "sft.yaml"
+    recipe.write_text(recipe.read_text().replace("lora: {r: 4, alpha: 8}", "trained: full"))
+    gently = ["data.questions=[]", "train.steps=4", "train.learning_rate=2.0e-3"]
+    version = sft.main(chain.recipe("sft", "publish.name=tiny/whole", *gently))
+    assert version.kind == "merged" and version.base is None
+    assert version.manifest["parents"] == {"base": tiny_chain.versions["pretrain"].digest}
+    whole = AutoModelForCausalLM.from_pretrained(chain.registry.materialise(version)).eval()
+    found = mean_nats(whole, tokenizer, dialogues(tiny_chain, "dialogues_eval"))
+    assert version.manifest["metrics"]["eval/loss"] == pytest.approx(found, abs=1e-4)
+    assert found < version.manifest["metrics"]["eval/loss_before"] - 0.01
+    after = [f"sft={version.ref}", "train.steps=1"]
+    with pytest.raises(UserError, match="the reward model is a new adapter on it and needs its settings"):
+        train_reward(chain.recipe("reward", *after))
+    reward = train_reward(chain.recipe("reward", *after, "lora={r: 2, alpha: 4}", "measure.sft_samples=0"))
+    assert reward.kind == "reward" and reward.base == version.digest
+    policy = train_policy(
+        chain.recipe("ppo", *after, "lora={r: 2, alpha: 4}", f"reward={reward.ref}", "data.questions=[]")
+    )
+    assert policy.kind == "adapter" and policy.base == version.digest
+
+
+def test_four_bits_are_refused_before_any_work(tiny_chain: Any, tmp_path: Path) -> None:
+    chain = tiny_chain.copy(tmp_path)
+    with pytest.raises(UserError, match="quantise: nf4 is computed by CUDA kernels"):
+        sft.main(chain.recipe("sft", "quantise=nf4", f"base={tiny_chain.folder('pretrain')}", "publish.name=guest/sft"))
+    assert "guest/base" not in chain.registry.models()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trained=full"], "trained: full trains every weight and would ignore lora"),
+        (["neftune_alpha=0"], "neftune_alpha"),
+        (["train.packing=best"], "train.packing"),
+        (["quantise=int8"], "quantise"),
+    ],
+)
+def test_settings_that_cannot_be(tiny_chain: Any, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tiny_chain.recipe("sft", *overrides)

@@ -32,7 +32,7 @@ _KINDS = {
     "adapter": "a PEFT adapter of a language model",
     "reward": "a reward model: it gives a text one number, higher for what people prefer",
     "value": "a value model: it estimates the reward that a text will end with",
-    "merged": "a language model, merged from a base and an adapter",
+    "merged": "a whole language model, made from a base",
 }
 
 

@@ -82,7 +82,13 @@ def test_role_names(role: str, alias: str) -> None:
         ("prompt", {"turns": []}, "no user turn to answer"),
         ("prompt", {"prompt": QA}, "no user turn to answer"),
         ("preference", {"prompt": "Q", "chosen": "same", "rejected": "same "}, "chosen equals rejected"),
-        ("preference", {"prompt": "Q", "chosen": "good", "rejected": " "}, "empty reply"),
+        ("preference", {"prompt": "Q", "chosen": " ", "rejected": "bad"}, "empty reply"),
+        ("preference", {"prompt": "Q", "chosen": "", "rejected": ""}, "empty reply"),
+        (
+            "preference",
+            {"prompt": "Q", "chosen": "good", "rejected": [assistant(""), user("R"), assistant("bad")]},
+            "empty reply",
+        ),
         ("preference", {"prompt": "", "chosen": "good", "rejected": "bad"}, "empty turn"),
         (
             "preference",
@@ -108,3 +114,11 @@ def test_unusable_rows_are_dropped_with_the_reason(tmp_path: Path, kind: str, ro
     with pytest.raises(UserError) as caught:
         rows_of(row, tmp_path, kind)
     assert f"1 × {reason}" in str(caught.value)
+
+
+def test_an_empty_rejected_reply_is_a_judgement_like_any_other(tmp_path: Path) -> None:
+    (row,) = rows_of({"prompt": "Q", "chosen": "good", "rejected": ""}, tmp_path, "preference")
+    assert row == {"prompt": [user("Q")], "chosen": [assistant("good")], "rejected": [assistant("")]}
+    transcripts = {"chosen": f"{HUMAN} Q{BOT} good", "rejected": f"{HUMAN} Q{BOT}"}
+    (row,) = rows_of(transcripts, tmp_path, "preference")
+    assert row["rejected"] == [assistant("")]
