@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from baton.adapters import check_shareable, check_targets, is_target, new_lora_config
 from baton.errors import UserError
 from baton.lora import Acting, Addition, SharedLinear
 from baton.recipe import Lora
@@ -17,21 +18,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 PREFIX = "base_model.model."
-UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "corda_config", "arrow_config", "alora_invocation_tokens")
-"""Settings of PEFT's LoRA that add something else than a product of two factors."""
 
 
 def attach(
     model: nn.Module, role: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], acting: Acting
 ) -> None:
     """Give `role` the LoRA tensors of a PEFT file; every one must find its layer. Raises UserError."""
-    unsupported = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported:
-        found = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
-        raise UserError(
-            f"one base is shared between plain LoRA adapters; this one has {found}. Merge it first: baton get REF "
-            "DIR --merge, then baton publish DIR --name TEAM/NAME --kind merged"
-        )
+    check_shareable(config)
     left = dict(tensors)
     places = sorted({key.rpartition(".lora_A.")[0] for key in tensors if ".lora_A." in key})
     for place in places:
@@ -51,8 +44,6 @@ def attach_new(model: nn.Module, role: str, lora: Lora, acting: Acting, seed: in
 
     `down` is drawn as PEFT draws it (Kaiming-uniform with a = sqrt 5) from a generator of its own.
     """
-    from baton.adapters import new_lora_config
-
     assert not lora.dora, "shared layers add products of two factors"
     generator = torch.Generator().manual_seed(seed)
     names = _targets(model, lora)
@@ -65,7 +56,7 @@ def attach_new(model: nn.Module, role: str, lora: Lora, acting: Acting, seed: in
         down = (torch.rand(lora.r, size, generator=generator) * 2 - 1) * bound
         layer.add(role, Addition(down, torch.zeros(out, lora.r), scale))
     config = new_lora_config(lora).to_dict()
-    return config | {"target_modules": sorted({name.rpartition(".")[2] for name in names})}
+    return config | {"target_modules": _ends(model, names)}
 
 
 def save_adapter(model: nn.Module, role: str, config: LoraConfig, more: dict[str, torch.Tensor], folder: Path) -> None:
@@ -123,8 +114,15 @@ def _targets(model: nn.Module, lora: Lora) -> list[str]:
         inner = module.base if isinstance(module, SharedLinear) else module
         if not isinstance(inner, (nn.Linear, Conv1D)) or inner is head or name != plain or plain == "score":
             continue
-        if lora.targets == "all-linear" or plain.rpartition(".")[2] in lora.targets or plain in lora.targets:
-            found.append(plain)
-    if not found:
-        raise UserError(f"lora.targets: {lora.targets} name no linear layer of the model")
-    return found
+        found.append(plain)
+    if lora.targets == "all-linear":
+        return found
+    check_targets(lora.targets, found)
+    return [name for name in found if any(is_target(name, target) for target in lora.targets)]
+
+
+def _ends(model: nn.Module, names: list[str]) -> list[str]:
+    """What a PEFT configuration calls the layers `names`: by their last names where these mean no other module."""
+    chosen = set(names)
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in chosen}
+    return sorted({name if (last := name.rpartition(".")[2]) in others else last for name in names})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,39 @@ SCORE_KEY = "base_model.model.score.weight"
 
 MEMBERS = "members"
 """In an ensemble's folder, the one of its members but the first."""
+
+
+UNSUPPORTED = ("use_dora", "lora_bias", "use_qalora", "corda_config", "arrow_config", "alora_invocation_tokens")
+"""Settings of PEFT's LoRA that add something else than a product of two factors."""
+
+
+def check_shareable(config: dict[str, Any], ref: str | None = None) -> None:
+    """Raises UserError where the adapter of an adapter_config.json, that of version `ref`, is no plain LoRA."""
+    unsupported = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("peft_type") == "LORA" and not unsupported:
+        return
+    found = ", ".join(unsupported) or f"peft_type {config.get('peft_type')}"
+    raise UserError(
+        f"one base is shared between plain LoRA adapters; {ref or 'this one'} has {found}. Merge it first: baton get "
+        f"{ref or 'REF'} DIR --merge, then baton publish DIR --name TEAM/NAME --kind merged"
+    )
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether the layer called `name` is meant by an entry of lora.targets, its name or the end of it; as PEFT does."""
+    return name == target or name.endswith(f".{target}")
+
+
+def check_targets(targets: list[str], names: Iterable[str]) -> None:
+    """Raises UserError where one of lora.targets means none of the layers `names`, which can take an adapter."""
+    layers = list(names)
+    idle = [target for target in targets if not any(is_target(name, target) for name in layers)]
+    if idle:
+        known = sorted({name.rpartition(".")[2] for name in layers})
+        raise UserError(
+            f"lora.targets: {', '.join(idle)} {'names' if len(idle) == 1 else 'name'} no layer of the model that takes "
+            f"an adapter. Its layers end with {', '.join(known)}; give some of these, or longer ends of their names"
+        )
 
 
 def new_lora_config(lora: Lora) -> LoraConfig:

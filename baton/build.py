@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from baton.adapters import check_shareable
 from baton.corpus_sections import CorpusData
 from baton.data import fingerprint
 from baton.errors import UserError
@@ -27,7 +28,9 @@ from baton.recipe import (
     WorldRecipe,
 )
 from baton.registry import Registry, Version
+from baton.registry.checks import adapter_configs
 from baton.registry.history.licences import Holding, licences_of, refuse
+from baton.registry.stores.interface import blob_path
 from baton.tokenizer_source import tokenizer_source
 
 
@@ -135,11 +138,20 @@ def _check_new_adapter(recipe: RewardRecipe, sft: Version) -> None:
         raise UserError(f"{sft.ref} has no chat template: it has not learned to answer. Give a version of stage sft")
     if sft.kind == "adapter" and recipe.lora is not None:
         raise UserError(f"{recipe.path}: lora: {sft.ref} is an adapter, which goes on as the reward's. Leave lora out")
+    if sft.kind == "adapter" and recipe.trained != "full":
+        _check_shareable(sft)
     if sft.kind == "merged" and recipe.trained != "full" and recipe.lora is None:
         raise UserError(
             f"{recipe.path}: {sft.ref} is a merged version, so the reward model is a new adapter on it and needs its "
             "settings, for example lora: {r: 16, alpha: 32}. To train every weight instead, set trained: full"
         )
+
+
+def _check_shareable(version: Version) -> None:
+    """Raises UserError where a published adapter is none that shares a base with others."""
+    for entry in version.manifest["files"]:
+        if entry["path"] in adapter_configs([entry["path"]]):
+            check_shareable(json.loads(version.registry.store.get(blob_path(entry["sha256"]))), version.ref)
 
 
 def _check_licences(
@@ -187,6 +199,9 @@ def _ppo_versions(recipe: PPORecipe, registry: Registry) -> dict[str, Version]:
             f"ignored. Leave lora out, or merge the adapter first: baton get {sft.ref} DIR --merge, then baton publish "
             "DIR --name TEAM/NAME --kind merged"
         )
+    for version in versions.values():
+        if version is sft or shares_base(sft, version):
+            _check_shareable(version)
     if sft.kind != "adapter" and recipe.policy == "adapter" and recipe.lora is None:
         article = "an" if sft.kind[0] in "aeiou" else "a"
         raise UserError(
@@ -273,9 +288,15 @@ def model_source(base: str, folder: Path, key: str = "base") -> ModelSource | No
 def build_key(recipe: TrainedRecipe, inputs: Inputs) -> str:
     """sha256 of recipe, inputs and Baton's code.
 
-    A published version with this key is up to date; a checkpoint is continued only under the same key.
+    A published version with this key is up to date.
     """
     return _digest({"recipe": recipe.digest(), "inputs": inputs.identity(), "code": code_digest()})
+
+
+def training_key(recipe: TrainedRecipe, inputs: Inputs) -> str:
+    """`build_key` without what no step depends on: a checkpoint is continued only under the same key."""
+    told = {"recipe": recipe.digest(bookkeeping=False), "inputs": inputs.identity(), "code": code_digest()}
+    return _digest({"training": told})
 
 
 def up_to_date(recipe: Recipe) -> str | None:

@@ -16,12 +16,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from baton.attention import NAME as SHORT_ATTENTION
 from baton.attention import choose_attention
 from baton.document_borders import choose_document_attention, collator
+from baton.output_head import head_makes_logits
 from baton.packing import IGNORED
 from baton.pretrain_sections import PretrainTrain
 from baton.run import Run
 from baton.throughput import flops_per_token, matrix_rate
 from baton.token_loss import token_loss
-from baton.training import GuardedTrainer, Recorder, trainer_settings
+from baton.training import GuardedTrainer, Recorder, on_one_device, trainer_settings
 
 AVERAGED = "averaged.safetensors"
 
@@ -47,14 +48,14 @@ class CausalTrainer(GuardedTrainer):
         settings = trainer_settings(run, train, train.rows_per_batch, micro)
         per_token = flops_per_token(model, length)
         peak = matrix_rate(run.state.device, run.dtype) * run.state.num_processes if run.is_main else 1.0
-        narrow = run.dtype if run.dtype is not torch.float32 and holds_whole_model() else None
+        narrow = run.dtype if run.dtype is not torch.float32 else None
         if narrow is not None:
             settings["bf16"] = False  # no autocast: the copies have the format already
         is_compiled = compiles(train.compile, per_token * train.steps * train.tokens_per_batch, run.state.device)
         self.training_loss = TrainingLoss(model, narrow, train.z_loss, is_compiled)
         super().__init__(
             model=model,
-            args=TrainingArguments(**settings),
+            args=on_one_device(TrainingArguments(**settings)),
             train_dataset=rows,
             data_collator=collator(model),
             callbacks=[
@@ -228,31 +229,9 @@ def document_table(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, -torch.inf)[:, None]
 
 
-@torch.no_grad()
 def has_plain_head(model: Any) -> bool:
     """Whether the model's logits are what its head, without bias, makes of the decoder's last states."""
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        return False
-    kind = model.config._attn_implementation
-    model.config._attn_implementation = "eager"
-    was_training = model.training
-    model.eval()
-    try:
-        ids = torch.arange(min(8, len(head.weight)), device=head.weight.device)[None]
-        theirs = model(input_ids=ids, use_cache=False).logits.float()
-        decoder = getattr(model, model.base_model_prefix)
-        ours = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
-    finally:
-        model.config._attn_implementation = kind
-        model.train(was_training)
-    return torch.allclose(theirs, ours, rtol=1e-2, atol=1e-2 * float(theirs.abs().max()))
-
-
-def holds_whole_model() -> bool:
-    """Whether this process will hold every weight: neither FSDP nor DeepSpeed was asked for."""
-    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return not any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
+    return getattr(model.get_output_embeddings(), "bias", None) is None and head_makes_logits(model)
 
 
 def compiles(setting: bool | str, flops: float, device: torch.device) -> bool:

@@ -13,7 +13,16 @@ from baton.child import FORWARDED, run_child
 from baton.errors import UserError, nearest
 from baton.launch import PROGRAMS, processes_of, stage_command, stage_environment
 from baton.preemption import EXIT_CODE
-from baton.recipe import RECIPES, PPORecipe, Recipe, TrainedRecipe, WorldRecipe, load_recipe
+from baton.recipe import (
+    RECIPES,
+    PPORecipe,
+    Recipe,
+    RewardRecipe,
+    SFTRecipe,
+    TrainedRecipe,
+    WorldRecipe,
+    load_recipe,
+)
 
 FINISHED = ("done", "up to date")
 
@@ -194,10 +203,12 @@ def _check_references(links: list[Link]) -> None:
     from baton.registry.reference import parse
 
     coming: set[str] = set()
+    unshared: dict[str, Path] = {}  # adapters to come that share no base with others -> their recipe
     for link in links:
         recipe = link.recipe
         if not isinstance(recipe, TrainedRecipe):
             continue
+        _check_adapter_to_come(link, unshared)
         made = [publish for publish in (recipe.publish, getattr(recipe, "publish_value", None)) if publish]
         for publish in made:
             parse(f"{publish.name}:{publish.alias}")
@@ -219,6 +230,21 @@ def _check_references(links: list[Link]) -> None:
             except UserError as error:
                 raise UserError(f"{link.path}: {key}: {error}") from None
         coming |= {f"{publish.name}:{publish.alias}" for publish in made}
+
+
+def _check_adapter_to_come(link: Link, unshared: dict[str, Path]) -> None:
+    """A DoRA adapter of this run's SFT is for a later stage only once it is merged, by hand."""
+    recipe = link.recipe
+    if isinstance(recipe, SFTRecipe) and recipe.trained == "adapter" and recipe.lora.dora:
+        unshared[f"{recipe.publish.name}:{recipe.publish.alias}"] = link.path
+    shares = isinstance(recipe, PPORecipe) or (isinstance(recipe, RewardRecipe) and recipe.trained != "full")
+    sft = getattr(recipe, "sft", None)
+    if shares and sft in unshared:
+        raise UserError(
+            f"{link.path}: sft: {sft} will be a DoRA adapter ({unshared[sft]}: lora.dora), and one base is shared "
+            f"between plain LoRA adapters. Run --only sft and merge it: baton get {sft} DIR --merge, then baton "
+            "publish DIR --name TEAM/NAME --kind merged; or leave lora.dora out"
+        )
 
 
 def _in_registry(base: str, recipe: TrainedRecipe) -> bool:

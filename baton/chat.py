@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from baton.chat_templates import Choice, choose
 from baton.errors import UserError
-from baton.rendering import Rendered, Unrenderable, encode, marks_turns, render, special_tokens
+from baton.rendering import (
+    Rendered,
+    Unrenderable,
+    UnstableError,
+    encode,
+    marks_turns,
+    render,
+    render_whole,
+    special_tokens,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +34,14 @@ Messages = list[dict[str, Any]]
 _PROBE = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)]
 # what ends a turn beside the token that ends most: Llama 3.1 awaits a tool's result after <|eom_id|>
 _ALSO_STOPS = {"<|eot_id|>": ("<|eom_id|>",)}
+
+
+class CannotRenderError(UserError):
+    """A chat template does not render a dialogue, or not all of it."""
+
+    def __init__(self, messages: Messages, fault: Unrenderable) -> None:
+        super().__init__(f"a dialogue that begins with {str(messages[0].get('content'))[:40]!r}: {fault}")
+        self.reason = str(fault)
 
 
 def install_template(tokenizer: Tokenizer, setting: str, folder: Path) -> Choice:
@@ -57,10 +74,14 @@ def install_template(tokenizer: Tokenizer, setting: str, folder: Path) -> Choice
     choose_pad(tokenizer)
     ((ids, is_response),) = encode(tokenizer, [rendered])
     stops = stop_ids(tokenizer)
-    if not any(token in stops and trained for token, trained in zip(ids, is_response, strict=True)):
+    following = [*is_response[1:], False]
+    ends = [token for token, said, on in zip(ids, is_response, following, strict=True) if said and not on]
+    if not ends or any(token not in stops for token in ends):
+        count = sum(token in stops for token in ends)
         raise UserError(
-            f"chat_template: {setting} never trains the token that ends a turn ({tokenizer.eos_token}): the "
-            "model would not learn to stop. Move it inside {% generation %} … {% endgeneration %}"
+            f"chat_template: {setting} trains the token that ends a turn ({tokenizer.eos_token}) at the end of {count} "
+            f"of {len(ends)} replies: the model would not learn to stop. Move it inside {{% generation %}} … "
+            "{% endgeneration %}, as the last token of every reply"
         )
     return choice
 
@@ -124,39 +145,40 @@ def encode_dialogue(
     try:
         ((ids, is_response),) = encode(tokenizer, [render(tokenizer, messages, tools)])
     except Unrenderable as fault:
-        raise UserError(f"a dialogue that begins with {messages[0]['content'][:40]!r}: {fault}") from None
+        raise CannotRenderError(messages, fault) from None
     return ids, is_response
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
-    """The ids of `messages` and the opening of the assistant's turn."""
-    if _may_merge(messages):
-        return encode(tokenizer, [render(tokenizer, messages, tools, opened=True)])[0][0]
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=True, return_dict=True, add_generation_prompt=True
-    )
-    return list(encoded["input_ids"])
+    """The ids of `messages` and the opening of the assistant's turn. Raises CannotRenderError."""
+    return _encode(tokenizer, messages, tools, opened=True)
 
 
 def encode_scored(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> list[int]:
     """The ids that a reward model reads: the dialogue up to and including the token that ends the last reply.
 
     The one rendering for the reward model's training and for PPO's scoring: there, the same ids arise as prompt ids
-    followed by the sampled reply.
+    followed by the sampled reply. Raises CannotRenderError.
     """
-    if _may_merge(messages):
-        ids = encode(tokenizer, [render(tokenizer, messages, tools)])[0][0]
-    else:
-        encoded: Any = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True)
-        ids = list(encoded["input_ids"])
+    return until_stop(tokenizer, _encode(tokenizer, messages, tools, opened=False))
+
+
+def until_stop(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """`ids` up to and including the last token that ends a reply; all of them where there is none."""
     stops = stop_ids(tokenizer)
     last = max((at for at, token in enumerate(ids) if token in stops), default=len(ids) - 1)
     return ids[: last + 1]
 
 
-def _may_merge(messages: Messages) -> bool:
-    """Whether a reply begins with white space, which a tokenizer may merge with the line break that comes before it.
+def _encode(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None, opened: bool) -> list[int]:
+    """As fine-tuning encodes a dialogue: each reply apart from its header, as it is when a model answers.
 
-    A model that answers begins with a token of its own: tokenised as a whole, the dialogue would hold other ids.
+    Tokenised as a whole, white space or a mark at the header's end may join the reply, and the ids are others.
     """
-    return any(message["role"] == "assistant" and (message.get("content") or "")[:1].isspace() for message in messages)
+    try:
+        rendered = render(tokenizer, messages, tools, opened)
+    except UnstableError:  # a base's own template, which SFT refuses: there are no replies in it to keep apart
+        rendered = render_whole(tokenizer, messages, tools, opened)
+    except Unrenderable as fault:
+        raise CannotRenderError(messages, fault) from None
+    return encode(tokenizer, [rendered])[0][0]

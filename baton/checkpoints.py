@@ -76,8 +76,9 @@ def write_checkpoint(folder: Path, step: int, files: Mapping[str, Any], keep: in
     except Exception as error:  # a full disk comes as OSError, or as torch's RuntimeError of its own writer
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
-            f"writing checkpoint {final} failed: {error} ({_room(folder)}). Make room, lower train.keep or move "
-            "run_dir, and run the same command again: it goes on from the checkpoint before"
+            f"writing checkpoint {final} failed: {error} ({_room(folder)}). Make room, lower train.keep, or "
+            "move the run's folder and name its new place by run_dir; then run the same command again: it goes on from "
+            "the checkpoint before"
         ) from error
 
 

@@ -78,7 +78,9 @@ def apart(dialogues: Sequence[Dialogue], max_tokens: int, pad_id: int, device: t
 def packed(
     rows: Sequence[Row], dialogues: Sequence[Sequence[Dialogue]], max_tokens: int, device: torch.device
 ) -> list[Batch]:
-    """Rows as they are, `max_tokens` at once; `dialogues` are each row's."""
+    """Rows as they are, `max_tokens` at once; `dialogues` are each row's. No rows, no batches."""
+    if not rows:  # a process that has none of few held-out rows
+        return []
     batches = []
     at_once = max(1, max_tokens // len(rows[0]["input_ids"]))
     for first in range(0, len(rows), at_once):

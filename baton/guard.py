@@ -27,6 +27,9 @@ LEAST_RISE = 0.25
 """What rises by less (nats) is no spike, however still the losses before it were."""
 
 
+STARTS_AFRESH = "A changed recipe, train.guard included, starts from step 0; the checkpoints are set aside"
+
+
 class Diverged(FloatingPointError):
     """The training cannot go on as it is; the message says what to change."""
 
@@ -102,6 +105,11 @@ class Guard:
         self._losses.extend([*self._above, loss])  # those that were high alone were no spike
         self._above = []
 
+    def forget(self) -> None:
+        """What is read changes here: the losses so far say nothing of the next ones."""
+        self._losses.clear()
+        self._above = []
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON, whose floats come back bit by bit."""
         return {
@@ -122,7 +130,7 @@ class Guard:
 def _what_to_do(setting: str) -> str:
     return (
         "Lower train.learning_rate, lengthen train.warmup_steps, or look at the data: the last complete checkpoint is "
-        f"untouched (the recipe has {setting})"
+        f"untouched (the recipe has {setting}). {STARTS_AFRESH}"
     )
 
 
@@ -132,22 +140,23 @@ def too_often(found: RollBack, settings: GuardSettings, record: Path) -> Diverge
         f"{found}; the loss had spiked {settings.max_rollbacks} times before, each time the run went back and passed "
         f"over the batches since: {record} names them and their samples. Look at those; lower train.learning_rate or "
         "lengthen train.warmup_steps; or, where such losses are healthy, raise train.guard.spike_sigmas (now "
-        f"{settings.spike_sigmas:g}) or train.guard.max_rollbacks, or set train.guard: null"
+        f"{settings.spike_sigmas:g}) or train.guard.max_rollbacks, or set train.guard: null. {STARTS_AFRESH}"
     )
 
 
-def read_rollbacks(record: Path, build_key: str) -> list[dict[str, Any]]:
+def read_rollbacks(record: Path, training_key: str) -> list[dict[str, Any]]:
     """The rollbacks that `record` tells of this very recipe, data and code; none where another one's are there."""
     if not record.is_file():
         return []
     content = json.loads(record.read_text(encoding="utf-8"))
-    return list(content["rollbacks"]) if content["build_key"] == build_key else []
+    return list(content["rollbacks"]) if content.get("training_key") == training_key else []
 
 
-def write_rollbacks(record: Path, build_key: str, rollbacks: list[dict[str, Any]]) -> None:
+def write_rollbacks(record: Path, training_key: str, rollbacks: list[dict[str, Any]]) -> None:
     """Replace `record`."""
     aside = record.with_name(record.name + ".new")
-    aside.write_text(json.dumps({"build_key": build_key, "rollbacks": rollbacks}, indent=1) + "\n", encoding="utf-8")
+    content = {"training_key": training_key, "rollbacks": rollbacks}
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, record)
 
 

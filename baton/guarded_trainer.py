@@ -21,7 +21,6 @@ from baton import checkpoints
 from baton.errors import UserError
 from baton.guard import (
     PASSED_OVER,
-    Diverged,
     Guard,
     RollBack,
     read_rollbacks,
@@ -102,6 +101,11 @@ class Guarding(Trainer):
             return [tell(step * rows + at) for at in range(rows)]
         return [batch_number(step, self.skipped) * rows + at for at in range(rows)]
 
+    def text_changes_at(self, step: int) -> bool:
+        """Whether the batch of optimizer step `step` begins to read other sources, as the data set's `changes_at`."""
+        tell = getattr(self.train_dataset, "changes_at", None)
+        return tell is not None and bool(tell(step))
+
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """The parameters that are trained, and the buffers that are saved, by their names in the unwrapped model."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -113,7 +117,7 @@ class Guarding(Trainer):
         """For the manifest: how many steps were not taken, and how often it went back."""
         if self._run is None:
             return {}
-        rollbacks = read_rollbacks(self._run.folder / SKIPPED, self._run.build_key)
+        rollbacks = read_rollbacks(self._run.folder / SKIPPED, self._run.training_key)
         return {"skipped_steps": self._guard.skipped_steps, "rollbacks": len(rollbacks)}
 
     # The loop
@@ -160,6 +164,8 @@ class Guarding(Trainer):
         if self.args.world_size > 1:  # otherwise all ranks would drop out the same places
             torch.manual_seed(self.args.seed + self.args.process_index)
         self._loss = torch.zeros((), device=self.args.device)
+        # a checkpoint has those of its own time, and the loop would go by them
+        self.state.save_steps, self.state.logging_steps = int(self.args.save_steps), int(self.args.logging_steps)
         if self._from is None:
             return
         self.load_extra_files(self._from)
@@ -177,14 +183,13 @@ class Guarding(Trainer):
             self._raise_failure()
         self.preempted = self.preempted or bool(asked)
         assert self.optimizer is not None
+        if self.text_changes_at(self.state.global_step):
+            self._guard.forget()
         self.took_step = self._guard.takes(self.state.global_step, loss, norm)
         if self.took_step:
             self._row_loss += loss
             self._row_steps += 1
         else:
-            if self.is_deepspeed_enabled:
-                step = self.state.global_step + 1
-                raise Diverged(f"the loss is {loss:.4g} at step {step}, and DeepSpeed cannot pass over a step")
             # an optimizer leaves a parameter without a gradient, and its moments, as they are
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -193,10 +198,9 @@ class Guarding(Trainer):
 
     def _agree(self) -> list[float]:
         """The step's loss (all ranks' mean), its gradient's norm; how many ranks were asked to end, failed to write."""
-        norm = self._norm.full_tensor() if hasattr(self._norm, "full_tensor") else self._norm
         received = self._preemption is not None and self._preemption.received
         device = self.args.device
-        mine = [torch.as_tensor(item, dtype=torch.float32, device=device) for item in (self._loss, norm or 0.0)]
+        mine = [torch.as_tensor(item, dtype=torch.float32, device=device) for item in (self._loss, self._norm or 0.0)]
         flags = [float(received), float(self._writer.failure is not None)]
         values = torch.cat([torch.stack(mine), torch.tensor(flags, device=device)])
         self._loss = torch.zeros((), device=device)
@@ -223,10 +227,8 @@ class Guarding(Trainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._run is None or self._is_sharded():
+        if self._run is None:
             super()._save_checkpoint(model, trial)
-            if self._run is not None:
-                self._settle_in_place(self._run)
             return
         self._writer.wait()
         failures = gather_object([str(self._writer.failure or "")])
@@ -260,19 +262,6 @@ class Guarding(Trainer):
                 **self.extra_files(),
             }
         )
-
-    def _is_sharded(self) -> bool:
-        """Whether no process has everything: then all write, in place, as the Trainer does it, and training waits."""
-        whole = str(self.accelerator.distributed_type).rpartition(".")[2] in ("NO", "MULTI_GPU", "MULTI_CPU")
-        assert self.model is not None
-        return not whole or any(hasattr(p, "full_tensor") for p in self.model.parameters())
-
-    def _settle_in_place(self, run: Run[Any]) -> None:
-        run.state.wait_for_everyone()
-        if run.is_main:
-            checkpoints.mark_complete(run.checkpoints / f"checkpoint-{self.state.global_step}")
-            checkpoints.prune(run.checkpoints, self._train.keep)
-        run.state.wait_for_everyone()
 
     def finish_writing(self) -> None:
         """Wait until the last checkpoint is whole. Raises UserError on every process when it cannot be."""
@@ -334,7 +323,7 @@ def train_guarded(run: Run[Any], make_trainer: Callable[[tuple[int, ...]], AnyGu
     """
     with Preemption() as preemption:
         while True:
-            rollbacks = read_rollbacks(run.folder / SKIPPED, run.build_key)
+            rollbacks = read_rollbacks(run.folder / SKIPPED, run.training_key)
             skipped = skipped_batches(rollbacks)
             trainer = make_trainer(skipped)
             trainer.watch(run, preemption, skipped)
@@ -365,13 +354,14 @@ def _roll_back(run: Run[Any], trainer: Guarding, found: RollBack, rollbacks: lis
         raise too_often(found, settings, run.folder / SKIPPED)
     box = [0]
     if run.is_main:
-        usable = [path for path in checkpoints.complete_checkpoints(run.checkpoints)]
-        usable = [path for path in usable if checkpoints.step_of(path) <= found.first]
+        there_are = checkpoints.complete_checkpoints(run.checkpoints)
+        # with few kept the spike may be older than all of them, and the oldest is still better than none
+        usable = [path for path in there_are if checkpoints.step_of(path) <= found.first] or there_are[:1]
         # gone back to once already, and to no avail: the fault may be in it
         if len(usable) > 1 and rollbacks and rollbacks[-1]["checkpoint"] == checkpoints.step_of(usable[-1]):
             usable.pop()
         box[0] = checkpoints.step_of(usable[-1]) if usable else 0
-        for path in checkpoints.complete_checkpoints(run.checkpoints):
+        for path in there_are:
             if checkpoints.step_of(path) > box[0]:
                 checkpoints.remove(path)
     broadcast_object_list(box)
@@ -388,7 +378,7 @@ def _roll_back(run: Run[Any], trainer: Guarding, found: RollBack, rollbacks: lis
         "samples": {str(batch): ids for batch, ids in batches.items()},
     }
     if run.is_main:
-        write_rollbacks(run.folder / SKIPPED, run.build_key, [*rollbacks, about])
+        write_rollbacks(run.folder / SKIPPED, run.training_key, [*rollbacks, about])
     run.state.wait_for_everyone()
     run.say(
         f"{found}; back to step {back_to}, and on without batches {min(batches)} to {max(batches)} "

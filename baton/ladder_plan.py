@@ -92,7 +92,7 @@ def vocabulary_of(recipe: LadderRecipe) -> int:
     settings = recipe.tokenizer
     if settings.vocab_size is not None:
         return settings.vocab_size
-    from baton.models import load_tokenizer
+    from baton.models import load_tokenizer, num_ids
 
     assert settings.path is not None
     folder = recipe.folder / settings.path
@@ -101,7 +101,7 @@ def vocabulary_of(recipe: LadderRecipe) -> int:
             f"{recipe.path}: tokenizer.path: there is no folder {folder}; a ladder counts its parameters by a "
             "tokenizer's folder, or by tokenizer.vocab_size"
         )
-    return len(load_tokenizer(folder))
+    return num_ids(load_tokenizer(folder))
 
 
 def write_recipe(recipe: LadderRecipe, plan: Plan) -> Path:

@@ -19,16 +19,6 @@ TILES = {"cpu": (512, 2048), "cuda": (2048, 1 << 15)}
 with whole rows the same work took six times as long."""
 
 
-CHANGES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
-"""Settings by which architectures change their logits after the head."""
-
-
-def changes_logits(config: Any) -> list[str]:
-    """Those of CHANGES_LOGITS that a model's configuration uses: its head alone does not give its logits."""
-    settings = config.get_text_config()
-    return [name for name in CHANGES_LOGITS if getattr(settings, name, None) not in (None, 1, 1.0)]
-
-
 class TokenLogprobs(NamedTuple):
     """What the head says at N positions, at least float32."""
 

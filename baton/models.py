@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +61,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # never asks, never runs its files
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id and one more, which a table by id needs; len() leaves out ids that no token has."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_positions(folder: Path, length: int, key: str) -> None:
+    """Raises UserError where `length`, the recipe's `key`, is beyond what the model in `folder` was made for."""
+    from transformers import AutoConfig
+
+    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    if limit is not None and 0 < limit < length:
+        raise UserError(f"{key} is {length}, but the base knows {limit} positions; lower it")
+
+
+def write_stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make plain transformers end and pad replies of the complete model in `folder` as its tokenizer does.
+
+    Its base's files name the token that ends a text, where SFT taught it the one that ends a turn.
+    """
+    from baton.chat import stop_ids
+
+    stops = stop_ids(tokenizer)
+    told = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": tokenizer.pad_token_id}
+    for name in ("config.json", "generation_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings |= told
+        if "eos_token_id" in settings.get("text_config", {}):
+            settings["text_config"] |= told
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_answers(version: Version) -> None:

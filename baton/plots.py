@@ -140,8 +140,8 @@ PANELS = [
     Panel(
         "Loss",
         "nats per token",
-        {"loss": "training", "eval/loss": "held out"},
-        {"eval/loss_before": "held out, before"},
+        {"loss": "training", "eval/loss": "held out", "eval/loss_quantised": "held out, quantised base"},
+        {"eval/loss_before": "held out, before", "eval/loss_quantised_before": "held out, quantised base, before"},
     ),
     Panel(
         "Bits per byte",

@@ -158,7 +158,8 @@ class PretrainRecipe(TrainedRecipe):
             raise ValueError(f"mode: {self.mode} needs {', '.join(missing)}")
         ignored = [key for key, section in sections.items() if section is not None and key not in needed]
         if self.mode == "load":
-            ignored += [key for key in ("ngram_order", "continuations") if key in self.model_fields_set]
+            told = ("ngram_order", "continuations")
+            ignored += [key for key in told if key in self.model_fields_set and getattr(self, key)]
         if self.mode == "scratch":
             if self.base is not None:
                 raise ValueError(

@@ -16,6 +16,9 @@ from baton.train_sections import Train
 
 Stage = Literal["world", "ladder", "pretrain", "sft", "reward", "ppo"]
 
+BOOKKEEPING = ("save_every", "keep", "log_every")
+"""Keys of `train:` that no step depends on."""
+
 
 class Source(Strict):
     """One data source: a file, glob or folder (relative to the recipe's folder), or a hub dataset id."""
@@ -80,11 +83,17 @@ class Recipe(Strict):
         """Relative data paths start here."""
         return self._path.parent
 
-    def digest(self) -> str:
-        """sha256 of everything that can change the result: where it runs, is kept and may be refused is left out."""
+    def digest(self, bookkeeping: bool = True) -> str:
+        """sha256 of everything that can change the result: where it runs, is kept and may be refused is left out.
+
+        Without `bookkeeping`, so is how often a training is saved and told of: it may be changed on the way.
+        """
         content = self.model_dump(mode="json", exclude={"registry", "run_dir", "processes", "allowed_licences"})
         if isinstance(content.get("data"), dict):
             content["data"].pop("prepared", None)
+        if not bookkeeping and isinstance(content.get("train"), dict):
+            for key in BOOKKEEPING:
+                content["train"].pop(key, None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

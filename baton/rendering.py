@@ -19,6 +19,10 @@ class Unrenderable(Exception):
     """The template refuses a dialogue, leaves a part of it out, or does not tell what the assistant says in it."""
 
 
+class UnstableError(Unrenderable):
+    """A template without markers whose text changes when a dialogue goes on, so that no reply can be found in it."""
+
+
 class Rendered(NamedTuple):
     """A dialogue's text, and the stretches [start, stop) of it, in characters, that the assistant says."""
 
@@ -42,9 +46,30 @@ def render(
     """
     text, said = _run(tokenizer, messages, tools, opened)
     _check_tools(text, messages, tools)
+    # a tool's name stands in its calls too
+    if tools and text == _run(tokenizer, messages, None, opened)[0]:
+        raise Unrenderable("the template leaves the tools out")
     if not marks_turns(str(tokenizer.chat_template)):
         said = said_by_prefixes(tokenizer, messages, tools, text)
+    else:
+        specials = special_tokens(tokenizer)
+        said = [(first, _end_of_turn(text, first, last, specials)) for first, last in said]
     return Rendered(text, said)
+
+
+def render_whole(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: list[Any] | None = None, opened: bool = False
+) -> Rendered:
+    """The text alone, in one piece, by a template in which replies cannot be told apart. Raises Unrenderable."""
+    text = _run(tokenizer, messages, tools, opened)[0]
+    _check_tools(text, messages, tools)
+    return Rendered(text, [])
+
+
+def _end_of_turn(text: str, first: int, last: int, specials: re.Pattern[str] | None) -> int:
+    """Where what is sampled ends in text[first:last]: white space behind the turn's last special token never is."""
+    ends = [found.end() for found in specials.finditer(text, first, last)] if specials else []
+    return ends[-1] if ends and text[ends[-1] : last].isspace() else last
 
 
 def said_by_prefixes(
@@ -204,7 +229,7 @@ def _check_begins(text: str, beginning: str, whole: str, part: str) -> None:
     if text.startswith(beginning):
         return
     at = next((at for at, (a, b) in enumerate(zip(text, beginning, strict=False)) if a != b), len(text))
-    raise Unrenderable(
+    raise UnstableError(
         f"the template marks no assistant turns and is not prefix-stable: {whole} does not begin with {part}; at "
         f"character {at + 1} there is {text[at : at + 30]!r} instead of {beginning[at : at + 30]!r}"
     )

@@ -53,7 +53,7 @@ MEASURES: dict[str, list[Measure]] = {
     "pretrain": [
         Measure("bits per byte", "eval/bits_per_byte", baseline="eval/ngram_bits_per_byte", baseline_label="n-gram")
     ],
-    "sft": [Measure("loss", "eval/loss")],
+    "sft": [Measure("loss", "eval/loss"), Measure("loss, quantised base", "eval/loss_quantised")],
     "reward": [
         Measure("accuracy", "eval/accuracy", _share, baseline="eval/accuracy_longer", baseline_label="longer"),
     ],

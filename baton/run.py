@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from baton.build import Inputs, build_key, published, resolve_inputs
+from baton.build import Inputs, build_key, published, resolve_inputs, training_key
 from baton.errors import UserError
 from baton.preemption import EXIT_CODE, Preempted, ignore_signals
 from baton.recipe import TrainedRecipe, load_recipe
@@ -43,6 +43,8 @@ class Run(Generic[T]):
     build_key: str
     dtype: torch.dtype
     started: float = field(default_factory=time.monotonic)
+    training_key: str = ""
+    """Under which checkpoints are continued: `build_key`, but for how often they are written."""
 
     @classmethod
     def start(cls, recipe: T) -> Run[T]:
@@ -52,6 +54,7 @@ class Run(Generic[T]):
         """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _quieten_libraries()
+        _check_whole(recipe)
         state = _process_group(recipe)
         _use_cores(state)
         if state.device.type == "cpu":
@@ -64,9 +67,9 @@ class Run(Generic[T]):
         registry, inputs = _on_main(state, lambda: _open_inputs(recipe))
         if state.is_main_process:
             _hold(recipe, registry, inputs)
-        key = build_key(recipe, inputs)
+        key = training_key(recipe, inputs)
         dtype = _on_main(state, lambda: _open_folder(recipe, key, state))
-        run = cls(recipe, registry, inputs, state, key, dtype)
+        run = cls(recipe, registry, inputs, state, build_key(recipe, inputs), dtype, training_key=key)
         if state.is_main_process:
             run.write_status("running", "")
         state.wait_for_everyone()
@@ -264,6 +267,16 @@ def _quieten_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+def _check_whole(recipe: TrainedRecipe) -> None:
+    """Raises UserError where a stage that holds the whole model on every process is started to spread it over them."""
+    for setting in ("FSDP", "DEEPSPEED"):
+        if recipe.stage != "ppo" and os.environ.get(f"ACCELERATE_USE_{setting}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"{recipe.path}: stage {recipe.stage} holds the whole model on every process; {setting} spreads it "
+                "over them. Start it without that configuration; stage ppo can be started with it"
+            )
+
+
 def _process_group(recipe: TrainedRecipe) -> PartialState:
     from accelerate import PartialState
 
@@ -350,31 +363,81 @@ def _launched_processes() -> str | None:
 def _open_folder(recipe: TrainedRecipe, key: str, state: PartialState) -> torch.dtype:
     """Make the run's folder and choose the dtype to compute in; a run that is continued keeps its own.
 
-    Checkpoints of another recipe, other inputs or other code must not be continued: they are set aside.
+    Checkpoints of another recipe, other inputs or other code must not be continued: they are set aside, and taken back
+    when their `key` comes again.
     """
     import torch
 
     from baton.models import compute_dtype
 
     folder, checkpoints = Path(recipe.run_dir), Path(recipe.run_dir) / "checkpoints"
-    marker = folder / "build.json"
+    marker, kept = folder / MARKER, _set_aside_at(folder, key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        before = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
-        if before.get("build_key") != key:
-            if checkpoints.is_dir():
-                aside = folder / "checkpoints-before"
-                shutil.rmtree(aside, ignore_errors=True)
-                checkpoints.rename(aside)
-                print(f"{folder}: recipe, inputs or code have changed; starting afresh, checkpoints moved to {aside}")
-            dtype = str(compute_dtype(recipe.dtype, state.device.type)).removeprefix("torch.")
-            before = {"build_key": key, "dtype": dtype}
+        before = _marked(marker)
+        if before.get("training_key") != key:
+            _set_aside(folder, before)
+            before = _marked(kept / MARKER)
+            if not before:
+                dtype = str(compute_dtype(recipe.dtype, state.device.type)).removeprefix("torch.")
+                before = {"training_key": key, "dtype": dtype}
             _replace(marker, json.dumps(before) + "\n")
+        if kept.is_dir():
+            _take_back(folder, kept)
         if not any(checkpoints.glob("checkpoint-*/complete")):
             (folder / "metrics.jsonl").unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise UserError(f"run_dir: {folder} cannot be used as the run's folder: {error}") from None
     return getattr(torch, before["dtype"])
+
+
+MARKER = "build.json"
+"""In a run's folder: the key of the training that its checkpoints are of, and the dtype it computes in."""
+
+OF_A_TRAINING = ("metrics.jsonl", "skipped.json", "samples.jsonl", "checkpoints")
+"""What is set aside and taken back with a training's checkpoints, which come last."""
+
+
+def _marked(marker: Path) -> dict[str, Any]:
+    found = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _set_aside_at(folder: Path, key: str) -> Path:
+    return folder / "set-aside" / key[:16]
+
+
+def _set_aside(folder: Path, before: dict[str, Any]) -> None:
+    """Move what the training that `before` marks has left out of the way; cut off, the next start goes on with it."""
+    checkpoints = folder / "checkpoints"
+    if not any(checkpoints.glob("checkpoint-*/complete")):
+        shutil.rmtree(checkpoints, ignore_errors=True)  # nothing that could be continued
+        return
+    aside = _set_aside_at(folder, str(before.get("training_key", "unknown")))
+    while (aside / "checkpoints").exists():  # without a mark of their own they cannot be told from those before
+        aside = aside.with_name(aside.name + "-more")
+    aside.mkdir(parents=True, exist_ok=True)
+    _replace(aside / MARKER, json.dumps(before) + "\n")
+    for name in OF_A_TRAINING:
+        if (folder / name).exists():
+            os.replace(folder / name, aside / name)
+    print(
+        f"{folder}: recipe, inputs or code have changed; starting afresh, checkpoints moved to {aside}. They are taken "
+        "back where the change is undone; delete them when they are not wanted",
+        flush=True,
+    )
+
+
+def _take_back(folder: Path, aside: Path) -> None:
+    """Undo `_set_aside`, also where it was cut off, or this was."""
+    if not any((folder / "checkpoints").glob("checkpoint-*/complete")):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for name in OF_A_TRAINING:
+            if (aside / name).exists():
+                os.replace(aside / name, folder / name)
+        print(f"{folder}: recipe, inputs and code are those of {aside} again; its checkpoints are back", flush=True)
+    if not (aside / "checkpoints").exists():
+        shutil.rmtree(aside)
 
 
 def _open_inputs(recipe: TrainedRecipe) -> tuple[Registry, Inputs]:

@@ -17,11 +17,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import SFTConfig, SFTTrainer
 
 from baton.dialogue_batches import Batch, Row, apart, dialogues_of, embedding_noise, packed
+from baton.document_borders import check_borders
 from baton.errors import UserError
 from baton.recipe import SFTRecipe
 from baton.run import Run
 from baton.schedule import batch_number, row_order
-from baton.training import Guarding, Recorder, trainer_settings
+from baton.training import Guarding, Recorder, on_one_device, trainer_settings
 from baton.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -57,12 +58,15 @@ class DialogueTrainer(Guarding, SFTTrainer):
         settings["bf16"] = False
         super().__init__(
             model=tuned.model,
-            args=SFTConfig(**settings, max_length=train.sequence_length, dataset_kwargs={"skip_prepare_dataset": True}),
+            args=on_one_device(
+                SFTConfig(**settings, max_length=train.sequence_length, dataset_kwargs={"skip_prepare_dataset": True})
+            ),
             train_dataset=Dataset.from_dict({"row": self.order}),
             data_collator=_numbers,
             processing_class=tokenizer,
             callbacks=[Recorder(run, "sft", train.tokens_per_batch, "tokens"), _Join(tuned)],
         )
+        tuned.widen()  # TRL makes adapters on a quantised base bfloat16
         self.remove_callback(PrinterCallback)
         self.watch(run, skipped=skipped)
         if self.accelerator.distributed_type not in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -70,6 +74,14 @@ class DialogueTrainer(Guarding, SFTTrainer):
                 f"fine-tuning holds the whole model on every process; {self.accelerator.distributed_type} spreads it "
                 "over them. Start it without that configuration"
             )
+        if self.packs:
+            self._check_borders()
+
+    def _check_borders(self) -> None:
+        try:
+            check_borders(self.tuned.plain, told=False)
+        except UserError as error:
+            raise UserError(f"{error}. With train.packing: false every dialogue has a row of its own") from None
 
     def order_for(self, num_processes: int, skipped: tuple[int, ...] = ()) -> list[int]:
         """The rows in training order. Each process gets every n-th of a batch that stands longest first."""

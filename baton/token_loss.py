@@ -40,7 +40,8 @@ class _Loss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         wants = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants[0] else None
-        to_weight = torch.zeros_like(weight) if wants[1] else None
+        # a bfloat16 sum over many chunks would lose what each adds; rounded once, at the end
+        to_weight = torch.zeros_like(weight, dtype=wide) if wants[1] else None
         loss, nats = torch.zeros(2, dtype=wide, device=hidden.device)
         size = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // len(weight))
         for at in range(0, len(hidden), size):
@@ -65,8 +66,11 @@ class _Loss(torch.autograd.Function):
             if to_hidden is not None:
                 torch.mm(to_logits, weight, out=to_hidden[part])
             if to_weight is not None:
-                to_weight.addmm_(to_logits.t(), hidden[part])
-        ctx.save_for_backward(to_hidden, to_weight)
+                if to_weight.dtype == hidden.dtype:
+                    to_weight.addmm_(to_logits.t(), hidden[part])
+                else:
+                    to_weight += to_logits.t() @ hidden[part]
+        ctx.save_for_backward(to_hidden, None if to_weight is None else to_weight.to(weight.dtype))
         ctx.mark_non_differentiable(nats)
         return loss, nats
 

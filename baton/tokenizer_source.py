@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from baton.errors import UserError
 from baton.registry import Registry
-from baton.registry.vocabulary import TOKENIZER_FILES, tokenizer_digest
+from baton.registry.vocabulary import TOKENIZER_FILES, tokenizer_identity
 
 
 class TokenizerSource(NamedTuple):
@@ -23,10 +23,10 @@ class TokenizerSource(NamedTuple):
     revision: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What identifies its content: a digest of local files, the revision of a hub id."""
+        """What identifies its content: digests of local files, the revision of a hub id."""
         if self.revision is not None:
             return {"hub": self.where, "revision": self.revision}
-        return {"digest": tokenizer_digest(Path(self.where))}
+        return tokenizer_identity(Path(self.where))
 
 
 def tokenizer_source(setting: str, folder: Path, registry: Callable[[], Registry]) -> TokenizerSource:

@@ -33,19 +33,15 @@ class GuardSettings(Strict):
     A loss more than `spike_sigmas` robust deviations above the median of the last `window` ones, for `spike_steps` in a
     row, goes back to the last checkpoint, at most `max_rollbacks` times. A step whose loss or gradient is no number is
     not taken, at most `max_skipped` in a row.
+
+    A single high loss is mostly the batch's own: a few rows of a rare, hard source, or one mislabelled pair.
     """
 
     spike_sigmas: PositiveFloat = 6.0
-    spike_steps: Positive = 1
+    spike_steps: Positive = 3
     window: Annotated[int, Field(ge=8)] = 64
     max_rollbacks: NonNegative = 3
     max_skipped: NonNegative = 10
-
-
-class PairGuard(GuardSettings):
-    """One mislabelled pair can be a small batch's whole loss: a spike is three losses in a row."""
-
-    spike_steps: Positive = 3
 
 
 class GuardedTrain(Train):
@@ -126,7 +122,6 @@ class PairTrain(GuardedTrain):
     max_length: Positive
     eval_every: Positive | None = None
     patience: Positive | None = None
-    guard: PairGuard | None = PairGuard()
 
     @property
     def rows_per_batch(self) -> int:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,10 +24,13 @@ __all__ = [
     "Recorder",
     "drop_incomplete",
     "mean_loss",
+    "on_one_device",
     "train_guarded",
     "trainer_settings",
 ]
 
+
+AnyArguments = TypeVar("AnyArguments", bound=TrainingArguments)
 
 NAMES = ("loss", "grad_norm", "learning_rate", "skipped_steps", "accuracy", "margin", "mean_token_accuracy", "entropy")
 """What of the Trainer's own figures goes into a line of metrics.jsonl."""
@@ -71,6 +74,15 @@ def trainer_settings(
         _recomputation_setting(): False,
         "ddp_find_unused_parameters": False,
     }
+
+
+def on_one_device(arguments: AnyArguments) -> AnyArguments:
+    """`arguments` of a Trainer that leaves a machine's other GPUs alone: more of them take more processes.
+
+    By itself a single process would split each batch over all GPUs (DataParallel), and count it several times.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def schedule_settings(train: GuardedTrain) -> dict[str, Any]:

@@ -9,16 +9,20 @@ from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from baton.adapter_roles import attach_new, save_adapter
-from baton.adapters import lora_config_from, new_lora_config
+from baton.adapters import check_targets, is_target, lora_config_from, new_lora_config
 from baton.attention import choose_attention
 from baton.errors import UserError
-from baton.logprobs import changes_logits, token_logprobs
+from baton.logprobs import token_logprobs
 from baton.lora import Acting, families, join_families
+from baton.output_head import head_makes_logits
 from baton.recipe import Lora
 
 ROLE = "tuned"
+_TARGETS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+"""Layers that PEFT gives an adapter to."""
 
 
 class TokenSums(NamedTuple):
@@ -51,7 +55,7 @@ class Tuned:
         self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=held_in, **more)
         self._acting = Acting()
         self._config: dict[str, Any] | None = None  # of an adapter in our own layers
-        self._plain_logits = bool(changes_logits(self.model.config))
+        self._plain_logits = not head_makes_logits(self.model)
 
     @classmethod
     def make(
@@ -86,14 +90,19 @@ class Tuned:
 
         head = self.model.get_output_embeddings()
         named = [] if isinstance(lora.targets, str) else lora.targets
-        if any(self.model.get_submodule(name) is head for name, _ in self.model.named_modules() if name in named):
+        if any(module is head and _is_meant(name, named) for name, module in self.model.named_modules()):
             raise UserError(
                 f"lora.targets: {', '.join(named)} holds the output head, which is applied by itself: it takes no "
                 "adapter. Leave it out"
             )
+        check_targets(named, [name for name, module in self.model.named_modules() if isinstance(module, _TARGETS)])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, new_lora_config(lora))
+        self.widen()
+
+    def widen(self) -> None:
+        """Hold what is trained in float32: a bfloat16 parameter would swallow small updates."""
         for parameter in self.parameters().values():
             parameter.data = parameter.data.float()
 
@@ -187,6 +196,8 @@ class Tuned:
             return TokenSums(-table.gather(1, tokens[:, None]).sum(), entropies)
         decoder = getattr(model, model.base_model_prefix)
         states = decoder(**given, use_cache=False).last_hidden_state[places]
+        if self.dtype is torch.bfloat16:
+            states = states.to(self.dtype)  # the last norm's are float32 where its weights are
         head = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         weight, bias = head.weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
@@ -210,7 +221,7 @@ class Tuned:
             self.model.save_pretrained(folder)
         else:
             dtype = _stored_dtype(self.base_folder)
-            state = {name: item.detach().to(dtype) for name, item in self.model.state_dict().items()}
+            state = _narrowed(self.model, dtype)
             before, self.model.config.dtype = self.model.config.dtype, dtype
             try:
                 self.model.save_pretrained(folder, state_dict=state)
@@ -247,19 +258,29 @@ def _four_bits(dtype: torch.dtype) -> Any:
 
 def _is_plain(model: Any, lora: Lora, quantise: str | None) -> bool:
     """Whether our own layers compute this adapter: products of two factors beside linear layers."""
-    from transformers.pytorch_utils import Conv1D
-
     if lora.dora or lora.dropout or quantise:
         return False
     if isinstance(lora.targets, str):
         return True
     head = model.get_output_embeddings()
-    named = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    return all(
-        any(last == target for last, _ in named)
-        and all(isinstance(m, (nn.Linear, Conv1D)) and m is not head for last, m in named if last == target)
-        for target in lora.targets
-    )
+    meant = [module for name, module in model.named_modules() if _is_meant(name, lora.targets)]
+    return all(isinstance(module, (nn.Linear, Conv1D)) and module is not head for module in meant)
+
+
+def _is_meant(name: str, targets: list[str]) -> bool:
+    return any(is_target(name, target) for target in targets)
+
+
+def _narrowed(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The model's state in `dtype`. Tied weights stay one tensor, which save_pretrained writes once."""
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    state = {}
+    for name, item in model.state_dict().items():
+        place = (item.data_ptr(), item.shape)
+        if place not in copies:
+            copies[place] = item.to(dtype) if item.is_floating_point() else item
+        state[name] = copies[place]
+    return state
 
 
 def _stored_dtype(base: Path) -> torch.dtype:

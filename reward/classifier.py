@@ -77,16 +77,16 @@ class ClassifierSource:
 
     def encode(self, sample: Sample) -> list[int]:
         """The ids up to the tokenizer's own stop token."""
-        from baton.chat import encode_scored
+        from baton.chat import until_stop
 
         messages = [*sample.prompt, {"role": "assistant", "content": sample.response}]
         special = self._tokenizer.all_special_tokens
         messages = [message | {"content": _broken_up(str(message["content"]), special)} for message in messages]
-        if self._tokenizer.eos_token_id is None:
-            encoded: Any = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-            ids = list(encoded["input_ids"])
-        else:
-            ids = encode_scored(self._tokenizer, messages)
+        # in one piece, as it was trained elsewhere
+        encoded: Any = self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        ids = list(encoded["input_ids"])
+        if self._tokenizer.eos_token_id is not None:
+            ids = until_stop(self._tokenizer, ids)
         # where padding is the stop token too, the classifier itself reads its score before the last of them
         while self._pads_as_configured and ids and ids[-1] == self._pad_id:
             ids.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,8 +121,9 @@ def encode_pairs(
     run: Run[RewardRecipe], tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], use: Use
 ) -> list[Pair]:
     """Both sides as the reward model reads them; a pair with a side over `max_length` tokens is dropped and counted."""
-    from baton.chat import has_control_text
+    from baton.chat import CannotRenderError, has_control_text
 
+    refused: Counter[str] = Counter()
     pairs: list[Pair] = []
     limit = run.recipe.train.max_length
     num_long = num_control = 0
@@ -129,7 +131,11 @@ def encode_pairs(
         if has_control_text(tokenizer, row["prompt"] + row["chosen"] + row["rejected"]):
             num_control += 1
             continue
-        pair = encode_pair(tokenizer, row)
+        try:
+            pair = encode_pair(tokenizer, row)
+        except CannotRenderError as fault:
+            refused[fault.reason] += 1
+            continue
         if max(len(pair.chosen_ids), len(pair.rejected_ids)) > limit:
             num_long += 1
             continue
@@ -144,6 +150,8 @@ def encode_pairs(
             f"{use}: {len(pairs):,} pairs; {num_long:,} longer than {limit} tokens dropped, "
             f"{num_control:,} that spell out a special token dropped"
         )
+    for reason, count in refused.most_common():
+        run.say(f"{use}: {count:,} pairs dropped because {reason}")
     return pairs
 
 

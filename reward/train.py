@@ -28,7 +28,7 @@ def main(recipe: RewardRecipe) -> Version:
         return run.finish(version, "up to date")
     from transformers import set_seed
 
-    from baton.models import base_folder, load_tokenizer
+    from baton.models import base_folder, check_positions, load_tokenizer
     from baton.training import train_guarded
     from reward.members import Members
     from reward.pairs import encode_pairs, read_all_pairs
@@ -39,6 +39,7 @@ def main(recipe: RewardRecipe) -> Version:
     sft = run.inputs.versions["sft"]
     with run.state.main_process_first():
         folder, base = run.registry.materialise(sft), base_folder(run.registry, sft)
+    check_positions(base, recipe.train.max_length, "train.max_length")
     tokenizer = load_tokenizer(folder)
     pairs = {"train": encode_pairs(run, tokenizer, rows.train, "train")}
     pairs["eval"] = encode_pairs(run, tokenizer, rows.eval, "eval")

@@ -19,7 +19,7 @@ from baton.length_groups import ENOUGH, groups
 from baton.recipe import PairLoss, RewardRecipe
 from baton.run import Run
 from baton.schedule import batch_number, row_order
-from baton.training import Guarding, Recorder, trainer_settings
+from baton.training import Guarding, Recorder, on_one_device, trainer_settings
 from reward.best import Best
 from reward.losses import pair_losses, targets
 from reward.members import Members
@@ -48,7 +48,7 @@ class PairTrainer(Guarding):
         self.order = self.order_for(run.state.num_processes, skipped)
         super().__init__(
             model=members,
-            args=TrainingArguments(**settings),
+            args=on_one_device(TrainingArguments(**settings)),
             train_dataset=self.order,  # type: ignore[arg-type]
             data_collator=_batch,
             callbacks=[Recorder(run, "reward", train.pairs_per_batch * len(members), "pairs"), HeldOut(self, run)],

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from baton.build import build_key, resolve_inputs, up_to_date
+from baton.build import resolve_inputs, training_key, up_to_date
 from baton.chain import Link, run_stage
 from baton.child import FORWARDED
 from baton.errors import UserError
@@ -64,6 +64,8 @@ def main(recipe: LadderRecipe) -> Version:
         )
     recipes = [load_recipe(write_recipe(recipe, plan), [], PretrainRecipe) for plan in plans]
     was_done = all(up_to_date(each) is not None for each in recipes)
+    if not was_done:
+        check_sizes(recipe, plans, recipes)
 
     climbed = [
         climb(recipe, plan, each, registry, console) for plan, each in zip(plans[:-1], recipes[:-1], strict=True)
@@ -112,10 +114,41 @@ def plan_table(plans: list[Plan]) -> Table:
     return table
 
 
+def check_sizes(recipe: LadderRecipe, plans: list[Plan], recipes: list[PretrainRecipe]) -> None:
+    """Raises UserError where a size, the last one included, could not be trained: before any of them is."""
+    processes = processes_for(recipe)
+    for plan, each in zip(plans, recipes, strict=True):
+        if each.rows_per_batch % processes:
+            raise UserError(
+                f"{recipe.path}: size {plan.size}: a batch of {each.rows_per_batch} rows cannot be split evenly over "
+                f"{processes} processes; set train.tokens_per_batch to a multiple of "
+                f"{processes * int(recipe.train['sequence_length']):,}, or start fewer"
+            )
+    data = recipes[-1].data
+    assert data is not None
+    if any(source.max_epochs is None for source in data.train):
+        return  # as much text as is wanted
+    from baton.corpus.prepare import prepared_corpus
+    from baton.corpus.rows import training_rows
+
+    corpus = prepared_corpus(recipes[0])  # which all sizes share
+    for plan, each in zip(plans, recipes, strict=True):
+        assert each.data is not None and each.train is not None
+        try:
+            training_rows(corpus, each.data, each.train, pad_id=0)
+        except UserError as error:
+            raise UserError(f"{recipe.path}: size {plan.size}: {error}, or lower tokens_per_parameter") from None
+
+
+def processes_for(recipe: LadderRecipe) -> int:
+    """How many processes train each size."""
+    return recipe.processes or (processes_of(Path(recipe.config_file)) if recipe.config_file else 1)
+
+
 def climb(recipe: LadderRecipe, plan: Plan, pretrain: PretrainRecipe, registry: Registry, console: Console) -> Climbed:
     """Train and publish one size, unless it is up to date. Raises UserError where it refuses its input."""
     config = Path(recipe.config_file) if recipe.config_file else None
-    processes = recipe.processes or (processes_of(config) if config else 1)
+    processes = processes_for(recipe)
     console.print(f"[bold]{plan.size}[/bold]")
     code = run_stage(Link("pretrain", pretrain.path, [], pretrain, processes), config, console)
     if code == EXIT_CODE or code in [128 + number for number in FORWARDED]:
@@ -176,7 +209,7 @@ def has_begun(recipe: PretrainRecipe, registry: Registry) -> bool:
         return True
     marker = read_json(Path(recipe.run_dir) / "build.json") or {}
     logged = Path(recipe.run_dir) / "metrics.jsonl"
-    is_same = marker.get("build_key") == build_key(recipe, resolve_inputs(recipe, registry))
+    is_same = marker.get("training_key") == training_key(recipe, resolve_inputs(recipe, registry))
     return is_same and logged.is_file() and logged.stat().st_size > 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from baton.models import write_stops
 from baton.recipe import PPORecipe
 from baton.registry import Version
 from baton.run import Run
@@ -33,6 +34,7 @@ def publish(
         tokenizer.save_pretrained(folder)
         if cast.policy == "full":
             _copy_generation_config(cast.base, folder)
+            write_stops(folder, tokenizer)  # a base under SFT's adapter names other ones
         samples = run.folder / "samples.jsonl"
         if samples.is_file():
             (folder / samples.name).write_bytes(samples.read_bytes())

@@ -142,20 +142,17 @@ def make_model(run: Run[PretrainRecipe], start: Start) -> Any:
     from transformers import AutoModelForCausalLM
 
     from baton.document_borders import check_borders
+    from baton.models import check_positions, num_ids
 
     recipe = run.recipe
     assert recipe.train
     if start.folder is None:
         assert recipe.model
         return build_decoder(recipe.model, start.tokenizer, recipe.train.sequence_length)
+    check_positions(start.folder, recipe.train.sequence_length, "train.sequence_length")
     model: Any = AutoModelForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
     model.config.use_cache = False  # a cache in training would let packed documents attend to each other
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and recipe.train.sequence_length > limit:
-        raise UserError(
-            f"train.sequence_length is {recipe.train.sequence_length}, but the base knows {limit} positions; lower it"
-        )
-    if len(start.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if num_ids(start.tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(f"base: {recipe.base} has fewer embedding rows than its tokenizer has tokens")
     check_borders(model)
     return model.train()
@@ -191,7 +188,7 @@ def measure(run: Run[PretrainRecipe], model: Any, start: Start, when: str) -> di
     if not start.corpus.eval:
         return {}
     model.to(run.state.device)
-    tokens_at_once = train.tokens_per_micro_batch or train.tokens_per_batch
+    tokens_at_once = train.tokens_per_micro_batch or train.tokens_per_batch // run.state.num_processes
     found = bits_per_byte(model, start.corpus.eval, train.sequence_length, tokens_at_once, run.dtype, run.state)
     return {f"{when}/{name.removeprefix('eval/')}": value for name, value in found.items()}
 
@@ -199,11 +196,12 @@ def measure(run: Run[PretrainRecipe], model: Any, start: Start, when: str) -> di
 def statistical_baseline(run: Run[PretrainRecipe], start: Start) -> dict[str, float]:
     """Bits per byte of an n-gram model of the very same tokens: what a neural model must beat."""
     from baton.bits import ngram_bits_per_byte
+    from baton.models import num_ids
 
     order = run.recipe.ngram_order
     if not order:
         return {}
-    return ngram_bits_per_byte(start.corpus.train, start.corpus.eval, order, len(start.tokenizer))
+    return ngram_bits_per_byte(start.corpus.train, start.corpus.eval, order, num_ids(start.tokenizer))
 
 
 def show_continuations(run: Run[PretrainRecipe], model: Any, start: Start) -> None:
@@ -224,9 +222,11 @@ def build_decoder(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, sequence
     """A Llama (Touvron et al. 2023) with random weights in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = decoder.shape(len(tokenizer))
+    from baton.models import num_ids
+
+    shape = decoder.shape(num_ids(tokenizer))
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=num_ids(tokenizer),
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,

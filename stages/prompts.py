@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,18 +80,26 @@ def _encode(
     run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], use: str
 ) -> list[PromptRow]:
     """Rendered prompts that open the assistant's turn; those over `max_prompt_tokens` are dropped and counted."""
-    from baton.chat import encode_prompt, has_control_text
+    from baton.chat import CannotRenderError, encode_prompt, has_control_text
 
     limit = run.recipe.rollout.max_prompt_tokens
     plain = [row for row in rows if not has_control_text(tokenizer, row["prompt"])]
     if len(plain) < len(rows):
         run.say(f"{use}: {len(rows) - len(plain):,} prompts that spell out a special token dropped")
-    encoded = [PromptRow(row["prompt"], encode_prompt(tokenizer, row["prompt"]), row["columns"]) for row in plain]
+    encoded: list[PromptRow] = []
+    refused: Counter[str] = Counter()
+    for row in plain:
+        try:
+            encoded.append(PromptRow(row["prompt"], encode_prompt(tokenizer, row["prompt"]), row["columns"]))
+        except CannotRenderError as fault:
+            refused[fault.reason] += 1
+    for reason, count in refused.most_common():
+        run.say(f"{use}: {count:,} prompts dropped because {reason}")
     kept = [row for row in encoded if len(row.ids) <= limit]
     if rows and not kept:
         raise UserError(
             f"data.{use}: none of {len(rows):,} prompts is left: all are longer than rollout.max_prompt_tokens = "
-            f"{limit}, which could be raised, or spell out a special token"
+            f"{limit}, which could be raised, spell out a special token, or are refused by the chat template"
         )
     if len(kept) < len(encoded):
         run.say(f"{use}: {len(encoded) - len(kept):,} prompts longer than {limit} tokens dropped")
@@ -111,8 +120,8 @@ def _ptx(run: Run[PPORecipe], tokenizer: PreTrainedTokenizerBase) -> list[TextRo
                 ids = list(tokenizer(row["text"], add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
                 pieces = [ids[at : at + limit] for at in range(0, len(ids), limit)]
                 rows += [(piece, [True] * len(piece)) for piece in pieces if len(piece) > 1]
-            elif not has_control_text(tokenizer, row["messages"]):
-                ids, in_loss = encode_dialogue(tokenizer, row["messages"])
+            elif not has_control_text(tokenizer, row["messages"], row.get("tools")):
+                ids, in_loss = encode_dialogue(tokenizer, row["messages"], row.get("tools"))
                 if any(in_loss[1:limit]):
                     rows.append((ids[:limit], in_loss[:limit]))
     if recipe.data.ptx and not rows:

@@ -15,8 +15,9 @@ from baton.adapter_roles import attach, attach_new, save_adapter
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
 from baton.attention import choose_attention
 from baton.errors import UserError
-from baton.logprobs import TokenLogprobs, changes_logits, token_logprobs
+from baton.logprobs import TokenLogprobs, token_logprobs
 from baton.lora import Acting, Addition, SharedLinear, families, join_families
+from baton.output_head import changes_logits
 from baton.recipe import Lora
 from stages.micro_batch import MicroBatch
 

@@ -27,7 +27,7 @@ def main(recipe: SFTRecipe) -> Version:
     from transformers import set_seed
 
     from baton.chat import install_template
-    from baton.models import load_tokenizer
+    from baton.models import check_positions, load_tokenizer, write_stops
     from baton.sft_trainer import DialogueTrainer
     from baton.training import train_guarded
     from baton.tuned import Tuned, check_quantise
@@ -38,6 +38,7 @@ def main(recipe: SFTRecipe) -> Version:
     base = base_version(run)
     with run.state.main_process_first():
         folder = run.registry.materialise(base)
+    check_positions(folder, recipe.train.sequence_length, "train.sequence_length")
     tokenizer = load_tokenizer(folder)
     run.say(install_template(tokenizer, recipe.chat_template, recipe.folder).describe())
     packed = {use: pack_dialogues(run, tokenizer, rows, use).rows for use, rows in dialogues.items()}
@@ -67,11 +68,14 @@ def main(recipe: SFTRecipe) -> Version:
     metrics["seconds"] = round(time.monotonic() - started, 1)
     run.log(recipe.train.steps, metrics)
 
+    is_adapter = recipe.trained == "adapter"
+
     def write(target: Path) -> None:
         trainer.tuned.save(target)
         tokenizer.save_pretrained(target)
+        if not is_adapter:
+            write_stops(target, tokenizer)
 
-    is_adapter = recipe.trained == "adapter"
     kind, on_base = ("adapter", base) if is_adapter else ("merged", None)
     return run.finish(run.publish(write, kind=kind, base=on_base, parents={"base": base}, metrics=metrics))
 
@@ -133,7 +137,12 @@ def pack_dialogues(
 def measure(
     trainer: DialogueTrainer, tokenizer: PreTrainedTokenizerBase, questions: list[Any], suffix: str
 ) -> dict[str, Any]:
-    """Held-out loss and, on the main process, answers, each key with `suffix`."""
+    """Held-out loss and, on the main process, answers, each key with `suffix`.
+
+    On a quantised base, which nobody is handed, keys say so: the adapter is published for the base as it was.
+    """
+    if trainer.tuned.quantise:
+        suffix = "_quantised" + suffix
     metrics: dict[str, Any] = {}
     if trainer.rows["eval"]:
         metrics["eval/loss"] = trainer.held_out_loss()

@@ -289,16 +289,16 @@ def test_a_registry_folder_that_is_not_one(programs: Programs, stage: str) -> No
 
 def full_while_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run folder's disk is full once the version is being written; the checkpoints still had room."""
-    from peft import PeftModel
+    from baton.tuned import Tuned
 
-    save = PeftModel.save_pretrained
+    save = Tuned.save
 
-    def fill(self: Any, folder: Any, *arguments: Any, **named: Any) -> None:
-        save(self, folder, *arguments, **named)
-        if Path(folder).name.startswith("publish-"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def fill(self: Any, folder: Path, *arguments: Any) -> None:
+        save(self, folder, *arguments)
+        assert folder.name.startswith("publish-")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PeftModel, "save_pretrained", fill)
+    monkeypatch.setattr(Tuned, "save", fill)
 
 
 def full_while_publishing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,15 +90,23 @@ def on_two(chain: Any, configuration: str, overrides: list[str]) -> subprocess.C
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
+ONE_TOKEN = 1.01 / (8 * 32 * 2)
+"""8 replies of at most 32 tokens, seen in 2 epochs."""
+
+
 def assert_same_figures(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [1, 2, 2, 3, 4, 4]
+    steps = [row["step"] for row in ours]
+    # the last row repeats the step that is published, unless that is the last
+    assert steps == [row["step"] for row in theirs] and steps[:6] == [1, 2, 2, 3, 4, 4]
     for mine, other in zip(map(without_clocks, ours), map(without_clocks, theirs), strict=True):
         if "grad_norm" in mine:  # DeepSpeed knows only the norm of all; at least that of the two means (Minkowski)
             norms = other.pop("grad_norm/policy"), other.pop("grad_norm/value")
             assert math.hypot(*norms) * (1 - RELATIVE) <= mine.pop("grad_norm") <= sum(norms) * (1 + RELATIVE)
         assert mine.keys() == other.keys()
         for key, value in other.items():
-            assert mine[key] == pytest.approx(value, rel=RELATIVE, abs=ABSOLUTE), (key, other["step"])
+            # of so few tokens one may lie on the other side of a threshold by rounding
+            absolute = ONE_TOKEN if key.startswith("clip_fraction/") else ABSOLUTE
+            assert mine[key] == pytest.approx(value, rel=RELATIVE, abs=absolute), (key, other["step"])
 
 
 def assert_same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

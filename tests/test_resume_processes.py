@@ -95,7 +95,7 @@ def tiny():
         told["preempted"] = error.step
     told["after"] = same(train(signalled, {5: nan}).trained_tensors(), whole.trained_tensors())
 
-    guard = {"window": 8, "spike_sigmas": 30}
+    guard = {"window": 8, "spike_sigmas": 30, "spike_steps": 1}
     spike = make_run(root / "spike", steps=20, save_every=4, guard=guard)
     told["spike"] = train(spike, {14: 1000.0}).skipped
 

@@ -167,7 +167,8 @@ class Encoders:
                 "a process that encodes text has died, perhaps for want of memory. Run the command again, with fewer "
                 "--workers: what was finished is kept"
             ) from None
-        self._idle.put(connection)
+        finally:  # a dead one as well: a task that waited for it would wait for ever, and now fails at once
+            self._idle.put(connection)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -183,7 +184,7 @@ def encoding_of(folder: Path, permutations: int = 0) -> Encoding:
     from baton.chat import DOCUMENT_END
     from baton.corpus.shards import token_dtype
     from baton.generate import document_start
-    from baton.models import load_tokenizer
+    from baton.models import load_tokenizer, num_ids
 
     tokenizer = load_tokenizer(folder)
     # a tokenizer of a chat model ends a turn by its eos_token, and a document still by the token of its base
@@ -196,7 +197,7 @@ def encoding_of(folder: Path, permutations: int = 0) -> Encoding:
             f"the tokenizer in {folder} has no fast form (tokenizer.json), by which a corpus is prepared; convert it "
             "with transformers and save it"
         )
-    dtype = token_dtype(len(tokenizer)).str
+    dtype = token_dtype(num_ids(tokenizer)).str
     return Encoding(backend.to_str(), document_start(tokenizer), int(end), dtype, permutations)
 
 

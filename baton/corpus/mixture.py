@@ -68,15 +68,19 @@ class Mixture:
     def sample(self, number: int) -> Sample:
         """Sample `number` (from 0)."""
         assert number >= 0 and (self.num_samples is None or number < self.num_samples), (number, self.num_samples)
-        phase = self._phases[bisect_right(self._starts, number) - 1]
+        phase = self._phases[self.phase(number)]
         leaf, before = phase.tree.draw(number - phase.start)
         source = phase.sources[leaf]
         epoch, place = divmod(phase.taken[source] + before, self.sources[source].num_rows)
         return Sample(source, epoch, self._order(source, epoch)[place])
 
+    def phase(self, number: int) -> int:
+        """In which phase (from 0) sample `number` is: where a source's epochs are used up, another one begins."""
+        return bisect_right(self._starts, number) - 1
+
     def counts(self, num_samples: int) -> list[int]:
         """How many of the first samples each source gives."""
-        phase = self._phases[bisect_right(self._starts, num_samples) - 1]
+        phase = self._phases[self.phase(num_samples)]
         counts = list(phase.taken)
         for source, count in zip(phase.sources, phase.tree.counts(num_samples - phase.start), strict=True):
             counts[source] += count

@@ -30,7 +30,7 @@ from baton.corpus_sections import CorpusData, CorpusSource
 from baton.data import fingerprint
 from baton.data.files import place_unit
 from baton.errors import UserError
-from baton.registry.vocabulary import TOKENIZER_FILES, tokenizer_digest
+from baton.registry.vocabulary import TOKENIZER_FILES, tokenizer_identity
 
 if TYPE_CHECKING:
     from baton.pretrain_sections import PretrainRecipe
@@ -91,7 +91,7 @@ def prepare(
 def corpus_key(data: CorpusData, folder: Path, tokenizer_folder: Path) -> tuple[str, dict[str, Any]]:
     """(key, what it is the digest of): all that decides what a prepared folder holds."""
     kept = data.model_dump(mode="json", include={"deduplicate", "near_duplicates", "shard_tokens"})
-    facts: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer_digest(tokenizer_folder), "settings": kept}
+    facts: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer_identity(tokenizer_folder), "settings": kept}
     for use, sources in (("train", data.train), ("eval", data.eval)):
         facts[use] = [
             # how often a source is read says nothing about what it holds
@@ -127,7 +127,7 @@ class _Preparation:
         manifest = {
             "format": FORMAT,
             "key": key,
-            "tokenizer_digest": inputs["tokenizer"],
+            "tokenizer_digest": inputs["tokenizer"]["digest"],
             "dtype": self.dtype.name,
             "languages_by": _detector_name() if self.detects else None,
             "inputs": inputs,

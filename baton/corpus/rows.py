@@ -187,8 +187,9 @@ class SourceRows:
 class TrainingRows:
     """The rows of a whole training in order, as a map-style dataset: one mixture, whoever reads which of them.
 
-    Item `number` is the sample `number` of the mixture, but that the batches in `skipped` are passed over; it holds
-    numpy arrays. Reading costs a few copies of the row's tokens, and nothing is held in memory.
+    Item `number` is the sample `number` of the mixture, but that the batches in `skipped` are passed over, and read
+    last where `max_epochs` leaves no others; it holds numpy arrays. Reading costs a few copies of the row's tokens, and
+    nothing is held in memory.
     """
 
     def __init__(
@@ -202,7 +203,7 @@ class TrainingRows:
         assert len(sources) == len(mixture.sources)
         self.sources, self.mixture, self.rows_per_batch, self.steps = list(sources), mixture, rows_per_batch, steps
         self.skipped = sorted(set(skipped))
-        mixture.check(steps + len(self.skipped), rows_per_batch, sources[0].length)
+        mixture.check(steps, rows_per_batch, sources[0].length)
 
     def __len__(self) -> int:
         return self.steps * self.rows_per_batch
@@ -216,7 +217,26 @@ class TrainingRows:
         if not 0 <= number < len(self):
             raise IndexError(number)
         step, position = divmod(number, self.rows_per_batch)
-        return self.mixture.sample(batch_number(step, self.skipped) * self.rows_per_batch + position)
+        return self.mixture.sample(self._batch(step) * self.rows_per_batch + position)
+
+    def changes_at(self, step: int) -> bool:
+        """Whether step `step` (from 0) begins to read other sources than the one before, so that its loss may jump."""
+        if step == 0:
+            return False
+        last = [(self._batch(each) + 1) * self.rows_per_batch - 1 for each in (step - 1, step)]
+        return self.mixture.phase(last[0]) != self.mixture.phase(last[1])
+
+    def _batch(self, step: int) -> int:
+        """Which of the mixture's batches a step reads."""
+        batch = batch_number(step, self.skipped)
+        if self.mixture.num_samples is None:
+            return batch
+        there_are = self.mixture.num_samples // self.rows_per_batch
+        if batch < there_are:
+            return batch
+        # the text is used up: what was passed over did no harm by itself, but to the weights of then
+        passed_over = [each for each in self.skipped if each < there_are]
+        return passed_over[(batch - there_are) % len(passed_over)]
 
     def sample_id(self, number: int) -> str:
         """What item `number` is, for people to look at: where its text lies."""

@@ -9,3 +9,7 @@ class BadRow(Exception):
 
 class Unusable(Exception):
     """A well-formed row from which nothing can be learned; the message is the reason it is counted under."""
+
+
+TOOLS = "tools, which are rendered in fine-tuning alone"
+"""Why a pair or a prompt with tools is left out: its reward and its policy would read another dialogue."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
-from baton.data.faults import BadRow, Unusable
+from baton.data.faults import TOOLS, BadRow, Unusable
 from baton.data.files import describe
 from baton.data.judgement import by_winner, check_judged, judgement_of, part_ways
 from baton.data.tools import read_tools
@@ -332,6 +332,8 @@ def _of_pair(prompt: Messages, chosen: Messages, rejected: Messages, kind: str, 
         return [{"prompt": prompt, "columns": _others(row, *used)}]
     facts = judgement_of(row)
     if kind == "preference":
+        if read_tools(row):
+            raise Unusable(TOOLS)
         return [{"prompt": prompt, "chosen": chosen, "rejected": rejected, **facts}]
     if facts.get("is_tie"):
         raise Unusable("a tie: neither reply was chosen")

@@ -6,7 +6,7 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from baton.data.faults import BadRow, Unusable
+from baton.data.faults import TOOLS, BadRow, Unusable
 from baton.data.files import describe
 from baton.data.tools import read_calls
 
@@ -65,6 +65,8 @@ def read_message(message: Any, name: str, *pairs: tuple[str, str]) -> dict[str, 
     role, content = message[pair[0]], message[pair[1]]
     if not isinstance(role, str) or role.lower() not in _ROLE_OF:
         raise BadRow(f"has {role!r} as `{name}.{pair[0]}`; known are {', '.join(_ROLE_OF)}")
+    if message.get("train") is False or message.get("weight") == 0:
+        raise Unusable("a message that is marked to be left out of the loss; every assistant turn is trained here")
     extras = {key: message[key] for key in _KEPT if key not in pair and message.get(key) is not None}
     if calls := read_calls(message, role.lower(), content, name):
         extras["tool_calls"] = calls
@@ -121,6 +123,8 @@ def check_row(row: dict, kind: str) -> None:
         _check_dialogue(row["messages"])
     else:
         _check_prompt(row["prompt"])
+        if row.get("columns", {}).get("tools"):
+            raise Unusable(TOOLS)
         if kind == "preference":
             _check_replies(row)
 

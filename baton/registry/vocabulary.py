@@ -42,6 +42,16 @@ def tokenizer_digest(folder: Path) -> str:
     return digest_of(canonical({**tokenizer, "truncation": None, "padding": None}))
 
 
+def tokenizer_identity(folder: Path) -> dict[str, Any]:
+    """What tells one tokenizer from another: the digest of what it does, and sha256 of each file that says more.
+
+    Beside `tokenizer.json` lie the tokens that begin, end and pad a text, and the chat template.
+    """
+    others = [folder / name for name in TOKENIZER_FILES if name != "tokenizer.json"]
+    files = {path.name: digest_of(path.read_bytes()) for path in others if path.is_file()}
+    return {"digest": tokenizer_digest(folder), "files": files}
+
+
 def chat_template(folder: Path) -> str | None:
     """The chat template's text, from either place where transformers keeps it."""
     path = folder / "chat_template.jinja"

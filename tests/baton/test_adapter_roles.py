@@ -148,8 +148,25 @@ def test_targets_of_a_new_adapter(role_folders: Any) -> None:
 
     assert len(layers(["q_proj"])) == 2
     assert layers(["model.layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
-    with pytest.raises(UserError, match=r"lora.targets: \['nothing'\] name no linear layer"):
-        layers(["nothing"])
+    assert layers(["1.mlp.up_proj", "q_proj"])[1:] == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    with pytest.raises(UserError, match="lora.targets: nothing names no layer of the model that takes an adapter"):
+        layers(["q_proj", "nothing"])
+    with pytest.raises(UserError, match="lora.targets: wq, lm_head name no layer .* end with down_proj, gate_proj"):
+        layers(["wq", "q_proj", "lm_head"])
+
+
+def test_peft_finds_the_layers_that_were_meant_and_no_others(role_folders: Any, tmp_path: Path) -> None:
+    """One layer of two has an adapter: by its last name alone PEFT would give the other one too."""
+    from peft import PeftModel
+
+    model = plain(role_folders.base).float()
+    config = attach_new(model, "x", Lora(targets=["layers.1.mlp.up_proj", "q_proj"]), Acting(), 0)
+    assert config["target_modules"] == ["model.layers.1.mlp.up_proj", "q_proj"]
+    save_adapter(model, "x", lora_config_from(config, task_type="CAUSAL_LM", modules_to_save=None), {}, tmp_path)
+    theirs = PeftModel.from_pretrained(plain(role_folders.base), tmp_path)
+    found = {name for name, _ in theirs.named_parameters() if "lora_A" in name}
+    ends = ("layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.mlp.up_proj")
+    assert found == {f"base_model.model.model.{end}.lora_A.default.weight" for end in ends}
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,20 @@ def test_the_keys_follow_the_version_and_not_its_name(chain: Any) -> None:
     assert keys(chain, "reward", "sft=tiny/policy:1") != before
 
 
+def test_an_sft_that_will_be_dora_is_refused_before_it_is_trained(chain: Any) -> None:
+    folder = chain.root / "recipes"
+    folder.mkdir()
+    for stage in ("sft", "reward", "ppo"):
+        shutil.copy(chain.root / f"{stage}.yaml", folder)
+    (folder / "world").symlink_to(chain.root / "world")
+    dora = ["sft.lora.dora=true", "sft.publish.name=tiny/dora"]
+    assert len(plan(folder, dora, Options())) == 3
+    for stage, *more in (("reward",), ("ppo", "reward.train.steps=2")):
+        with pytest.raises(UserError, match=f"{stage}.yaml: sft: tiny/dora:candidate will be a DoRA adapter .*--merge"):
+            plan(folder, [*dora, f"{stage}.sft=tiny/dora:candidate", *more], Options())
+    assert len(plan(folder, [*dora, "reward.sft=tiny/dora:candidate", "reward.trained=full"], Options())) == 3
+
+
 def test_up_to_date(chain: Any) -> None:
     assert up_to_date(chain.recipe("ppo")) == "tiny/policy:1"
     assert up_to_date(chain.recipe("ppo", "train.seed=99")) is None

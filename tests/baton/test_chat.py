@@ -8,6 +8,7 @@ import pytest
 
 from baton.bpe import train_tokenizer
 from baton.chat import (
+    CannotRenderError,
     choose_pad,
     encode_dialogue,
     encode_prompt,
@@ -153,8 +154,54 @@ def test_a_template_that_opens_no_turn_is_refused(bare: Any, write: Callable[[st
 
 def test_a_template_that_never_trains_the_stop_is_refused(bare: Any, write: Callable[[str], Path]) -> None:
     bare.eos_token = "<|im_end|>"
-    with pytest.raises(UserError, match=r"never trains the token that ends a turn \(<\|im_end\|>\)"):
+    with pytest.raises(UserError, match=r"trains the token that ends a turn \(<\|im_end\|>\) at the end of 0 of 2"):
         install_template(bare, "mine.jinja", write(NEVER_STOPS))
+
+
+BETWEEN = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT: {% generation %}{{ m['content'] }}"
+    "{% if not loop.last %}<|im_end|>{% endif %}\n{% endgeneration %}{% else %}USER: {{ m['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
+
+
+def test_a_template_that_stops_only_between_turns_is_refused(bare: Any, write: Callable[[str], Path]) -> None:
+    bare.eos_token = "<|im_end|>"
+    with pytest.raises(UserError, match="at the end of 1 of 2 replies"):
+        install_template(bare, "mine.jinja", write(BETWEEN))
+
+
+def test_a_reply_is_apart_from_a_header_that_ends_in_a_space(bare: Any, write: Callable[[str], Path]) -> None:
+    """As a whole, the space would join the reply's first word, which no sampled reply begins with."""
+    bare.eos_token = "<|im_end|>"
+    install_template(
+        bare, "mine.jinja", write(BETWEEN.replace("{% if not loop.last %}<|im_end|>{% endif %}", "<|im_end|>"))
+    )
+    ids, mask = encode_dialogue(bare, DIALOGUE)
+    said = [token for token, trained in zip(ids, mask, strict=True) if trained]
+    # the line break behind the turn's last token is inside the markers, and is never sampled
+    assert bare.decode(said) == "In Redcliff.<|im_end|>She is a baker.<|im_end|>"
+    sampled = bare("She is a baker.", add_special_tokens=False)["input_ids"] + stop_ids(bare)
+    assert encode_prompt(bare, DIALOGUE[:-1]) + sampled == encode_scored(bare, DIALOGUE)
+    assert ids[: len(encode_prompt(bare, DIALOGUE[:-1]))] == encode_prompt(bare, DIALOGUE[:-1])
+    whole = bare.apply_chat_template(DIALOGUE, tokenize=True, return_dict=True)["input_ids"]
+    assert whole[: len(ids)] != ids, "else this template shows nothing"
+
+
+def test_tools_that_only_a_call_names_are_not_rendered(tokenizer: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "description": "of a town"}}]
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [tools[0] | {"function": {"name": "weather", "arguments": {}}}],
+    }
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% generation %}{{ m['content'] }}"
+        "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }}{% endfor %}<|im_end|>{% endgeneration %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(CannotRenderError, match="leaves the tools out"):
+        encode_scored(tokenizer, [message("user", "Rain?"), call], tools)
 
 
 def test_a_template_of_ones_own(bare: Any, write: Callable[[str], Path]) -> None:

@@ -34,6 +34,10 @@ def test_dialogues_are_found_where_positions_restart() -> None:
     assert [(item.number, item.ids, item.targets, item.start) for item in second] == [(2, [40, 41, 42], [2], 5)]
 
 
+def test_no_rows_are_no_batches() -> None:
+    assert packed([], [], 8, CPU) == apart([], 8, 0, CPU) == []
+
+
 @pytest.mark.parametrize("max_tokens", [1, 4, 8, 100])
 def test_every_token_in_the_loss_is_predicted_once_from_the_token_before_it(max_tokens: int) -> None:
     found = dialogues_of(ROWS)

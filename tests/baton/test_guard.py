@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from baton.corpus.mixture import MixedSource, Mixture
 from baton.guard import Diverged, Guard, RollBack, read_rollbacks, skipped_batches, usual, write_rollbacks
 from baton.train_sections import GuardSettings
 
 
 def guard(**settings: float) -> Guard:
-    return Guard(GuardSettings(**{"window": 8, **settings}))
+    """A window of 8, in which one high loss is a spike."""
+    return Guard(GuardSettings(**{"window": 8, "spike_steps": 1, **settings}))
 
 
 def feed(guarded: Guard, losses: list[float], start: int = 0) -> None:
@@ -99,6 +101,27 @@ def test_healthy_curves_never_roll_back(seed: int, noise: float) -> None:
     for step in range(1500):
         loss = 1.5 + 7.5 * (1 + step / 20) ** -0.5 + 0.3 * math.sin(step / 40) * (step < 120)
         assert guarded.takes(step, loss + noise * float(draws.standard_normal()), 1.0)
+
+
+@pytest.mark.parametrize(("rows", "share", "gap"), [(2, 0.1, 2.0), (4, 0.05, 2.0), (8, 0.02, 3.0), (16, 0.02, 3.0)])
+def test_a_rare_hard_source_in_small_batches_is_no_spike(rows: int, share: float, gap: float) -> None:
+    mixture = Mixture(
+        [MixedSource("en", 10**6, 10**9, share=1 - share), MixedSource("ja", 10**5, 10**8, share=share)], 0
+    )
+    draws = np.random.Generator(np.random.Philox(key=[1, 7]))
+    guarded = Guard(GuardSettings())
+    for step in range(1000):
+        hard = sum(mixture.sample(step * rows + at).source for at in range(rows))
+        assert guarded.takes(step, 2.5 + gap * hard / rows + 0.15 * float(draws.standard_normal()) / rows**0.5, 1.0)
+
+
+def test_what_was_usual_is_forgotten_where_other_text_begins() -> None:
+    guarded = guard(spike_steps=2)
+    feed(guarded, [*LOSSES, 9.0])
+    guarded.forget()
+    feed(guarded, [9.0] * 8, 9)
+    with pytest.raises(RollBack):
+        feed(guarded, [18.0, 18.0], 17)
 
 
 def test_a_window_that_a_checkpoint_kept_judges_alike() -> None:

@@ -21,7 +21,7 @@ from baton.guarded_trainer import SKIPPED
 from baton.preemption import Preempted
 from baton.run import Run
 from baton.training import train_guarded
-from tests.baton.guarded_run import ROWS, Observed, make_run, make_trainer
+from tests.baton.guarded_run import ROWS, Numbered, Observed, make_run, make_trainer
 from tests.conftest import without_clocks
 
 NAN = float("nan")
@@ -97,6 +97,16 @@ def test_interrupted_equals_uninterrupted(tmp_path: Path, rows_at_once: int) -> 
         assert lines(again) == lines(run)
 
 
+def test_saving_and_telling_more_often_on_the_way_changes_no_step(tmp_path: Path) -> None:
+    """A full disk may ask for it: the training goes on where it was, by the new settings."""
+    run = make_run(tmp_path / "whole")
+    whole = trained(run)
+    again = interrupted(run, 9, tmp_path / "again", save_every=2, log_every=1, keep=1)
+    assert_equal(trained(again), whole)
+    assert [checkpoints.step_of(path) for path in checkpoints.complete_checkpoints(again.checkpoints)] == [12]
+    assert [line["step"] for line in lines(again)] == [2, 4, 6, 8, 10, 11, 12]
+
+
 def test_dropout_is_on_in_these_tests(tmp_path: Path) -> None:
     """Otherwise the generators' state would mean nothing."""
     run = make_run(tmp_path)
@@ -163,7 +173,12 @@ def test_too_many_of_them_end_the_run(tmp_path: Path, settings: dict[str, Any], 
     assert run.last_checkpoint() == run.checkpoints / f"checkpoint-{3 if settings else 6}"
 
 
-SPIKES = {"steps": 20, "save_every": 4, "keep": 9, "guard": {"window": 8, "spike_sigmas": 30}}
+SPIKES: dict[str, Any] = {
+    "steps": 20,
+    "save_every": 4,
+    "keep": 9,
+    "guard": {"window": 8, "spike_sigmas": 30, "spike_steps": 1},
+}
 
 
 def test_a_spike_goes_back_and_passes_over_the_batches_since(tmp_path: Path) -> None:
@@ -195,6 +210,22 @@ def test_a_second_spike_from_one_checkpoint_goes_back_to_the_one_before(tmp_path
     assert [(r["checkpoint"], r["batches"]) for r in rollbacks] == [(12, [12, 13, 14]), (8, [8, 9, 10, 11, 15])]
 
 
+def test_a_spike_older_than_every_checkpoint_goes_back_to_the_oldest(tmp_path: Path) -> None:
+    """The one that is kept was written in the middle of the spike."""
+    run = make_run(tmp_path, **SPIKES | {"keep": 1, "guard": SPIKES["guard"] | {"spike_steps": 3}})
+    trainer = trained(run, broken={10: 1000.0, 11: 1000.0, 12: 1000.0})
+    (rollback,) = json.loads((run.folder / SKIPPED).read_text())["rollbacks"]
+    assert (rollback["step"], rollback["checkpoint"], rollback["batches"]) == (13, 12, [12])
+    assert batches(trainer) == list(range(13, 21))
+
+
+def test_where_other_text_begins_higher_losses_are_no_spike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, **SPIKES)
+    monkeypatch.setattr(Numbered, "changes_at", lambda self, step: step == 14, raising=False)
+    trained(run, broken={number: 1000.0 for number in range(14, 20)})
+    assert not (run.folder / SKIPPED).exists()
+
+
 def test_a_spike_before_any_checkpoint_begins_again(tmp_path: Path) -> None:
     run = make_run(tmp_path, **SPIKES | {"save_every": 15})
     trainer = trained(run, broken={10: 1000.0})
@@ -202,7 +233,7 @@ def test_a_spike_before_any_checkpoint_begins_again(tmp_path: Path) -> None:
 
 
 def test_too_many_spikes_end_the_run_and_the_message_says_what_to_do(tmp_path: Path) -> None:
-    run = make_run(tmp_path, **SPIKES | {"guard": {"window": 8, "spike_sigmas": 30, "max_rollbacks": 1}})
+    run = make_run(tmp_path, **SPIKES | {"guard": SPIKES["guard"] | {"max_rollbacks": 1}})
     with pytest.raises(Diverged, match=r"spiked 1 times before.*skipped\.json.*raise train\.guard\.spike_sigmas"):
         trained(run, broken={14: 1000.0, 18: 1000.0})
     assert len(json.loads((run.folder / SKIPPED).read_text())["rollbacks"]) == 1
@@ -299,17 +330,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     trainer.watch(run)
     with pytest.raises(UserError, match=r"other weights than are trained here, for example base\.bias"):
         trainer.train_from(str(run.last_checkpoint()))
-
-
-def test_what_is_spread_over_processes_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the Trainer itself, marked when whole, pruned then; it goes on from there as well."""
-    whole = trained(make_run(tmp_path / "whole", log_every=3))
-    monkeypatch.setattr(Observed, "_is_sharded", lambda self: True)
-    run = make_run(tmp_path / "run", log_every=3)
-    trained(run)
-    assert [checkpoints.step_of(path) for path in checkpoints.complete_checkpoints(run.checkpoints)] == [9, 12]
-    checkpoints.remove(run.checkpoints / "checkpoint-12")
-    assert_equal(trained(run), whole)
 
 
 def test_without_a_run_it_is_a_plain_trainer(tmp_path: Path) -> None:

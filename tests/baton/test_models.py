@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from baton import models
+from baton.chat import stop_ids
 from baton.errors import UserError
 
 IDS = torch.tensor([[5, 90, 300, 17]])
@@ -118,3 +119,29 @@ def test_the_tokenizer_of_an_adapter_is_complete(tiny_chain: Any) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
     saved = json.loads((tiny_chain.folder("ppo") / "tokenizer_config.json").read_text())
     assert saved["pad_token"] == "<|pad|>"
+
+
+def test_positions_that_a_base_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64}))
+    models.check_positions(tmp_path, 64, "train.max_length")
+    with pytest.raises(UserError, match="train.max_length is 65, but the base knows 64 positions; lower it"):
+        models.check_positions(tmp_path, 65, "train.max_length")
+
+
+def test_where_plain_transformers_is_to_stop(tmp_path: Path) -> None:
+    """A Llama 3 ends turns with one token and texts with another: both end a reply."""
+    from types import SimpleNamespace
+
+    vocabulary = {"<|end_of_text|>": 1, "<|eot_id|>": 9, "<|eom_id|>": 8}
+    for token, expected in (("<|im_end|>", 9), ("<|eot_id|>", None)):
+        tokenizer: Any = SimpleNamespace(
+            eos_token=token, eos_token_id=9, pad_token_id=7, get_vocab=lambda: vocabulary, get_added_vocab=dict
+        )
+        before = {"eos_token_id": 1, "pad_token_id": None, "kept": "x"}
+        (tmp_path / "config.json").write_text(json.dumps(before | {"text_config": before}))
+        (tmp_path / "generation_config.json").write_text(json.dumps(before))
+        models.write_stops(tmp_path, tokenizer)
+        told = {"eos_token_id": stop_ids(tokenizer) if expected is None else expected, "pad_token_id": 7, "kept": "x"}
+        assert json.loads((tmp_path / "generation_config.json").read_text()) == told
+        assert json.loads((tmp_path / "config.json").read_text()) == told | {"text_config": told}
+        assert told["eos_token_id"] != 1

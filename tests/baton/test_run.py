@@ -95,7 +95,37 @@ def test_checkpoints_of_other_code_are_set_aside(chain: Any, monkeypatch: pytest
     monkeypatch.setattr("baton.build.code_digest", lambda: "other code")
     again = Run.start(chain.recipe("sft"))
     assert again.last_checkpoint() is None, "old weights must not be published as the new code's"
-    assert (again.folder / "checkpoints-before" / "checkpoint-2" / "complete").is_file()
+    (kept,) = (again.folder / "set-aside").glob("*/checkpoints/checkpoint-2/complete")
+    assert kept.is_file()
+
+
+def test_checkpoints_are_taken_back_when_the_change_is_undone(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two changes, and back again in any order: no training's checkpoints are lost, and each keeps its dtype."""
+    import torch
+
+    monkeypatch.setattr("baton.models._fast_bfloat16", lambda: True)
+    kept = {}
+    for step, rate in enumerate(("0.5", "0.25", "0.125"), 1):
+        run = Run.start(chain.recipe("sft", f"train.learning_rate={rate}", "dtype=auto"))
+        assert run.last_checkpoint() is None and run.dtype is torch.bfloat16
+        kept[rate] = checkpoint(run, step).name
+        run.log(step, {"rate": rate})
+    monkeypatch.setattr("baton.models._fast_bfloat16", lambda: False)
+    for rate in ("0.25", "0.5", "0.125", "0.25"):
+        run = Run.start(chain.recipe("sft", f"train.learning_rate={rate}", "dtype=auto"))
+        found = run.last_checkpoint()
+        assert found is not None and found.name == kept[rate] and run.dtype is torch.bfloat16
+        assert f'"rate": "{rate}"' in (run.folder / "metrics.jsonl").read_text()
+    assert len(list((run.folder / "set-aside").iterdir())) == 2
+
+
+@pytest.mark.parametrize("override", ["train.save_every=7", "train.keep=1", "train.log_every=3"])
+def test_how_often_it_is_saved_and_told_may_change_on_the_way(chain: Any, override: str) -> None:
+    before = Run.start(chain.recipe("sft"))
+    kept = checkpoint(before, 2)
+    run = Run.start(chain.recipe("sft", override))
+    assert run.last_checkpoint() == kept
+    assert run.build_key != before.build_key, "the published record has them"
 
 
 def test_the_dtype_is_chosen_once_and_kept(chain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +221,17 @@ def test_an_unknown_input_is_refused_before_anything_is_written(chain: Any) -> N
     with pytest.raises(UserError):
         Run.start(chain.recipe("sft", "base=tiny/bass:main"))
     assert not chain.run_dir("sft").exists()
+
+
+@pytest.mark.parametrize("setting", ["FSDP", "DEEPSPEED"])
+def test_a_model_that_would_be_spread_is_refused_before_anything(
+    chain: Any, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{setting}", "true")
+    recipe = chain.recipe("pretrain", f"run_dir={chain.root}/spread")
+    with pytest.raises(UserError, match=f"stage pretrain holds the whole model on every process; {setting} spreads"):
+        Run.start(recipe)
+    assert not Path(recipe.run_dir).exists()
 
 
 class Left(Exception):

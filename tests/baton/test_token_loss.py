@@ -51,3 +51,21 @@ def test_no_table_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None
     with Watch():
         token_loss(hidden, weight, torch.zeros(64, dtype=torch.long)).loss.backward()
     assert largest == 1000
+
+
+def test_many_chunks_of_a_narrow_head_add_up_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 what a late chunk adds to a large sum would be lost: token 5 is every second one."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2048, 16, generator=generator), 0.3 * torch.randn(64, 16, generator=generator)
+    labels = torch.randint(64, (2048,), generator=generator)
+    labels[::2] = 5
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        inputs = hidden.bfloat16().to(dtype), weight.bfloat16().to(dtype).requires_grad_()
+        token_loss(*inputs, labels).loss.backward()
+        assert inputs[1].grad is not None and inputs[1].grad.dtype is dtype
+        return inputs[1].grad.double()
+
+    exact = gradient(torch.float64)
+    monkeypatch.setitem(module.CHUNK, "cpu", 64 * 8)  # 256 chunks
+    assert float((gradient(torch.bfloat16) - exact).norm() / exact.norm()) < 5e-3

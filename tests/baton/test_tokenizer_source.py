@@ -66,7 +66,10 @@ def test_the_identity_is_what_the_tokenizer_does(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"][4]["content"] = "<call>"
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    assert source.identity() != before
+    changed = source.identity()
+    assert changed != before
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert source.identity() != changed
 
 
 def test_it_is_written_once(folder: Path, tmp_path: Path) -> None:
@@ -86,7 +89,7 @@ def test_it_is_written_once(folder: Path, tmp_path: Path) -> None:
 def test_a_versions_tokenizer(tiny_chain: Any) -> None:
     source = tokenizer_source("tiny/base:main", Path("/"), lambda: tiny_chain.registry)
     base = tiny_chain.versions["pretrain"]
-    assert source.identity() == {"digest": base.manifest["tokenizer_digest"]}
+    assert source.identity()["digest"] == base.manifest["tokenizer_digest"]
 
 
 @pytest.mark.parametrize(

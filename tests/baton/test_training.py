@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState
 from baton.packing import pack
 from baton.run import Run
 from baton.train_sections import TokenTrain
-from baton.training import Recorder, drop_incomplete, mean_loss, schedule_settings, trainer_settings
+from baton.training import Recorder, drop_incomplete, mean_loss, on_one_device, schedule_settings, trainer_settings
 
 
 @pytest.fixture
@@ -63,6 +63,15 @@ def test_the_recipes_settings_reach_the_trainer(tiny_chain: Any, run: Run[Any]) 
     assert (arguments.weight_decay, arguments.adam_beta2, arguments.max_grad_norm) == (0.1, 0.95, 0.5)
     assert arguments.seed == 11 and arguments.train_sampling_strategy == "sequential"
     assert (arguments.logging_steps, arguments.save_steps, arguments.bf16) == (3, 7, True)
+
+
+def test_one_process_leaves_a_machine_s_other_gpus_alone(run: Run[Any]) -> None:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(**trainer_settings(run, run.recipe.train, 2, 1))
+    for there_are, used in ((4, 1), (1, 1), (0, 0)):
+        arguments._n_gpu = there_are
+        assert on_one_device(arguments).n_gpu == used
 
 
 def rates(steps: int, **settings: Any) -> list[float]:

@@ -121,6 +121,67 @@ def test_dropout_acts_in_training_alone(role_folders: Any) -> None:
     assert len(drawn) == 3 and len(fixed) == 1
 
 
+def test_every_target_must_be_a_layer(role_folders: Any) -> None:
+    for more in ({}, {"dora": True}):
+        with pytest.raises(UserError, match="lora.targets: wq, self_attn name no layer of the model"):
+            make(role_folders.base, Lora(targets=["q_proj", "wq", "self_attn"], **more))
+        found = make(role_folders.base, Lora(targets=["1.mlp.up_proj"], **more)).parameters()
+        assert found and all("layers.1.mlp.up_proj" in name for name in found)
+
+
+def test_logits_that_are_no_products_are_the_models_own(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    tiny_llama.save_pretrained(tmp_path)
+    forward = LlamaForCausalLM.forward
+
+    def tripled(self: Any, **given: Any) -> Any:
+        found = forward(self, **given)
+        found.logits = 3.0 * found.logits
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", tripled)
+    expected = plain_sum(LlamaForCausalLM.from_pretrained(tmp_path))
+    assert nats(make(tmp_path, Lora(r=2))) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_written_once(tied: bool, tiny_llama: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**tiny_llama.config.to_dict(), "tie_word_embeddings": tied, "dtype": "bfloat16"})
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tuned = Tuned.make(tmp_path / "base", torch.float32, trained="full", lora=Lora(), seed=3)
+    tuned.save(tmp_path / "saved")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "saved"))
+    assert before.keys() == after.keys() and ("lm_head.weight" in after) == (not tied)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_head_computes_in_the_arithmetics_format(
+    dtype: torch.dtype, role_folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from baton import tuned as module
+
+    real, seen = module.token_logprobs, []
+
+    def watched(*given: Any) -> Any:
+        found = real(*given)
+        seen.extend([given[0].dtype, given[1].dtype, found.logprobs.dtype])
+        return found
+
+    monkeypatch.setattr(module, "token_logprobs", watched)
+    tuned = Tuned.make(role_folders.base, dtype, trained="full", lora=Lora(), seed=3)
+    found = tuned.token_sums(IDS, None, PLACES, TOKENS)
+    found.nats.backward()
+    assert seen == [dtype, dtype, torch.float32] and found.nats.dtype is torch.float32
+    assert tuned.plain.get_output_embeddings().weight.grad.dtype is torch.float32
+
+
 def test_the_output_head_takes_no_adapter(role_folders: Any) -> None:
     with pytest.raises(UserError, match="lora.targets: q_proj, lm_head holds the output head"):
         make(role_folders.base, Lora(targets=["q_proj", "lm_head"]))

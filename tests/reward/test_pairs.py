@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from baton import chat
 from baton.errors import UserError
 from baton.recipe import PairData
+from baton.rendering import Unrenderable
 from reward.pairs import encode_pairs, read_all_pairs, shared_tokens, turn_by_turn
 
 
@@ -125,20 +127,36 @@ def test_every_turn_makes_more_pairs_and_is_refused_where_it_cannot(run: Any) ->
 
 
 class Letters:
-    """A tokenizer of single characters; every message ends with the stop token 0."""
+    """Single characters; every message ends with the stop token 0."""
 
-    eos_token_id = 0
     all_special_tokens = ("<stop>",)
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [code for m in messages for code in [*map(ord, m["content"]), 0]]}
+
+@pytest.fixture
+def letters(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tokenizer by which `encode_scored` gives the letters' codes; it does not render "!"."""
+
+    def encode(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+        assert isinstance(tokenizer, Letters)
+        if any("!" in m["content"] for m in messages):
+            raise chat.CannotRenderError(messages, Unrenderable("the template refuses it"))
+        return [code for m in messages for code in [*map(ord, m["content"]), 0]]
+
+    monkeypatch.setattr(chat, "encode_scored", encode)
+    return Letters()
 
 
-def test_pairs_are_encoded_with_what_both_sides_begin_with(run: Any) -> None:
+def test_pairs_that_the_template_refuses_are_counted(run: Any, letters: Any) -> None:
+    rows = [messages(row("Q", "yes", "no")), messages(row("R", "oh!", "y"))]
+    assert [pair.prompt for pair in encode_pairs(run, letters, rows, "train")] == [[user("Q")]]
+    assert "train: 1 pairs dropped because the template refuses it" in run.said
+
+
+def test_pairs_are_encoded_with_what_both_sides_begin_with(run: Any, letters: Any) -> None:
     rows = [messages(row("Q", "say it", "say no", margin=0.5)), messages(row("R", "x", "y", is_tie=True))]
     rows[0]["source"] = "train0.jsonl"
     rows[1]["prompt"] = [user("P"), assistant("p"), user("R")]
-    first, second = encode_pairs(run, Letters(), rows, "train")  # type: ignore[arg-type]
+    first, second = encode_pairs(run, letters, rows, "train")
     assert first.chosen_ids == [ord("Q"), 0, *map(ord, "say it"), 0]
     # "Q", its stop and "say " begin both
     assert (first.shared, first.turns, first.margin, first.is_tie, first.source) == (6, 1, 0.5, False, "train0.jsonl")
@@ -152,9 +170,9 @@ def test_each_side_keeps_a_token_of_its_own() -> None:
     assert shared_tokens([1], [1]) == shared_tokens([1], [2]) == 0
 
 
-def test_long_pairs_and_those_with_control_text_are_dropped_whole_and_counted(run: Any) -> None:
+def test_long_pairs_and_those_with_control_text_are_dropped_whole_and_counted(run: Any, letters: Any) -> None:
     rows = [messages(row("Q", "b", "c")), messages(row("Q", "b", "c" * 50)), messages(row("Q", "b", "<stop>"))]
-    assert len(encode_pairs(run, Letters(), rows, "train")) == 1  # type: ignore[arg-type]
+    assert len(encode_pairs(run, letters, rows, "train")) == 1
     assert run.said == ["train: 1 pairs; 1 longer than 40 tokens dropped, 1 that spell out a special token dropped"]
     with pytest.raises(UserError, match="none of 1 pairs is left.*train.max_length = 40"):
-        encode_pairs(run, Letters(), rows[1:2], "train")  # type: ignore[arg-type]
+        encode_pairs(run, letters, rows[1:2], "train")

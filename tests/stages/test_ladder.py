@@ -191,6 +191,31 @@ def test_a_size_that_fails_ends_the_ladder(
     assert fresh.started == ["a"] and not (tmp_path / "run" / "prediction.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("processes=3", "size a: a batch of 2 rows cannot be split evenly over 3 processes"),
+        (
+            "data.train=[{path: {world}/text_train.jsonl, max_epochs: 0.05}]",
+            r"size .: training needs .* under max_epochs .* or lower tokens_per_parameter",
+        ),
+    ],
+    ids=["rows", "text"],
+)
+def test_what_a_size_could_not_do_is_said_before_any_is_trained(
+    climbed: Climb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str
+) -> None:
+    world = climbed.root / "world"
+    recipe = climbed.recipe(
+        override.replace("{world}", str(world)),
+        f"run_dir={tmp_path}/run",
+        f"registry={tmp_path}/registry",
+    )
+    monkeypatch.setattr(ladder, "run_stage", lambda *_: pytest.fail("a size was started"))
+    with pytest.raises(UserError, match=said):
+        ladder.main(recipe)
+
+
 def test_several_processes_of_the_ladder_itself(climbed: Climb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes were launched, but the ladder is one"):

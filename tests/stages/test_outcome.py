@@ -1,5 +1,6 @@
 """Nothing is published that, reloaded, is not what was in memory."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.outcome import check_policy, check_value
+from stages.outcome import check_policy, check_value, publish
 from stages.roles import Cast, Roles
 
 IDS = [5, 9, 40, 3]
@@ -51,6 +52,21 @@ def test_a_policy_that_does_not_come_back_is_refused(
     spoil(tmp_path, part)
     with pytest.raises(RuntimeError, match="does not survive being saved.*nothing was published"):
         check_policy(roles, tmp_path, IDS)
+
+
+def test_a_whole_policy_stops_where_its_tokenizer_says(trained: Callable[..., Roles], tmp_path: Path) -> None:
+    """Under SFT's adapter lies a base whose files name the end of a text."""
+    run: Any = SimpleNamespace(
+        recipe=SimpleNamespace(publish_value=None),
+        inputs=SimpleNamespace(versions={"sft": SimpleNamespace(manifest={"base": None})}),
+        folder=tmp_path,
+        publish=lambda write, **_: write(tmp_path / "policy"),
+    )
+    tokenizer: Any = SimpleNamespace(pad_token_id=3, eos_token_id=9, eos_token="<|im_end|>", save_pretrained=id)
+    publish(run, trained(policy="full"), tokenizer, {}, IDS)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((tmp_path / "policy" / name).read_text())
+        assert (settings["eos_token_id"], settings["pad_token_id"]) == (9, 3)
 
 
 @pytest.mark.parametrize("critic", ["adapter", "shared", "separate"])

@@ -290,3 +290,41 @@ def test_averaged_weights_are_measured_and_published_and_resumed(tiny_chain: Any
     again = pretrain.main(chain.recipe("pretrain", *overrides))
     for name, tensor in load_file(chain.registry.materialise(again) / "model.safetensors").items():
         assert torch.equal(tensor, tensors[name]), name
+
+
+def test_ids_that_no_token_has_get_their_rows_as_well() -> None:
+    """The largest id is 9, of three tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    from baton.models import num_ids
+    from baton.recipe import Decoder
+    from stages.pretrain import build_decoder
+
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 4, "</s>": 9}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert (len(tokenizer), num_ids(tokenizer)) == (3, 10)
+    decoder = Decoder(hidden_size=8, layers=1, heads=2, intermediate_size=8)
+    assert len(build_decoder(decoder, tokenizer, 16).get_input_embeddings().weight) == 10
+
+
+def test_what_is_measured_at_once_is_a_process_s_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from stages.pretrain import measure
+
+    asked: list[int] = []
+
+    def record(model: Any, texts: Any, length: int, at_once: int, dtype: Any, state: Any) -> dict[str, float]:
+        asked.append(at_once)
+        return {}
+
+    monkeypatch.setattr("baton.bits.bits_per_byte", record)
+    train = SimpleNamespace(tokens_per_micro_batch=None, tokens_per_batch=512, sequence_length=64)
+    state = SimpleNamespace(num_processes=4, device="cpu")
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(train=train), state=state, dtype=None)
+    start: Any = SimpleNamespace(corpus=SimpleNamespace(eval=["some"]))
+    measure(run, SimpleNamespace(to=lambda device: None), start, "eval")
+    train.tokens_per_micro_batch = 64
+    measure(run, SimpleNamespace(to=lambda device: None), start, "eval")
+    assert asked == [128, 64]

@@ -283,6 +283,7 @@ def test_dora_is_published_as_peft_reads_it_and_what_follows_says_what_it_wants(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    from baton.build import resolve_inputs
     from reward.train import main as train_reward
 
     chain = tiny_chain.copy(tmp_path)
@@ -304,8 +305,11 @@ def test_dora_is_published_as_peft_reads_it_and_what_follows_says_what_it_wants(
     found = mean_nats(tuned, tokenizer, dialogues(tiny_chain, "dialogues_eval"))
     assert version.manifest["metrics"]["eval/loss"] == pytest.approx(found, abs=1e-4)
     assert found != pytest.approx(version.manifest["metrics"]["eval/loss_before"], abs=1e-4)
-    with pytest.raises(UserError, match="plain LoRA adapters; this one has use_dora. Merge it first"):
+    with pytest.raises(UserError, match="plain LoRA adapters; tiny/dora:1 has use_dora. Merge it first: baton get"):
         train_reward(chain.recipe("reward", f"sft={version.ref}"))
+    with pytest.raises(UserError, match="plain LoRA adapters; tiny/dora:1 has use_dora"):
+        resolve_inputs(chain.recipe("ppo", f"sft={version.ref}"), chain.registry)
+    resolve_inputs(chain.recipe("reward", f"sft={version.ref}", "trained=full"), chain.registry)
     with pytest.raises(UserError, match="tiny/sft:1 is an adapter, which goes on as the reward's. Leave lora out"):
         train_reward(chain.recipe("reward", "lora={r: 2}"))
 
@@ -327,6 +331,13 @@ def test_trained_whole_it_goes_on_to_reward_and_policy(tiny_chain: Any, tmp_path
     found = mean_nats(whole, tokenizer, dialogues(tiny_chain, "dialogues_eval"))
     assert version.manifest["metrics"]["eval/loss"] == pytest.approx(found, abs=1e-4)
     assert found < version.manifest["metrics"]["eval/loss_before"] - 0.01
+    # plain transformers ends its replies where it was taught to, and not where its base ended texts
+    stop, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|pad|>"])
+    for settings in (whole.config, whole.generation_config):
+        assert (settings.eos_token_id, settings.pad_token_id) == (stop, pad)
+    # the first token that it says is the end of its turn
+    told = whole.generate(torch.tensor([[5, 6]]), max_new_tokens=4, prefix_allowed_tokens_fn=lambda *_: [stop])
+    assert told.tolist() == [[5, 6, stop]]
     after = [f"sft={version.ref}", "train.steps=1"]
     with pytest.raises(UserError, match="the reward model is a new adapter on it and needs its settings"):
         train_reward(chain.recipe("reward", *after))
@@ -336,6 +347,75 @@ def test_trained_whole_it_goes_on_to_reward_and_policy(tiny_chain: Any, tmp_path
         chain.recipe("ppo", *after, "lora={r: 2, alpha: 4}", f"reward={reward.ref}", "data.questions=[]")
     )
     assert policy.kind == "adapter" and policy.base == version.digest
+
+
+@pytest.mark.parametrize(("packing", "refused"), [("true", True), ("false", False)])
+def test_documents_that_leak_are_refused_before_training(
+    packing: str, refused: bool, tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def carried_on(self: Any, **given: Any) -> Any:
+        """As a recurrent layer does: a state goes on over what positions say."""
+        found = forward(self, **given)
+        found.last_hidden_state = found.last_hidden_state.cumsum(1)
+        return found
+
+    monkeypatch.setattr(LlamaModel, "forward", carried_on)
+    if not refused:
+        trainer_on(tiny_chain, tmp_path, f"train.packing={packing}")
+        return
+    with pytest.raises(UserError, match="documents packed into one row see each other.*With train.packing: false"):
+        trainer_on(tiny_chain, tmp_path, f"train.packing={packing}")
+
+
+def test_a_process_without_held_out_rows_waits_for_the_others(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_on(tiny_chain, tmp_path, "train.packing=true")
+    whole = trainer.held_out_loss()
+    asked = []
+
+    def summed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        asked.append(tensors[0].clone())
+        tensors[0] += torch.tensor([2.0, 4.0])  # of the other process
+        return tensors
+
+    monkeypatch.setattr(trainer, "_summed", summed)
+    monkeypatch.setattr(trainer, "rows", {**trainer.rows, "eval": []})
+    assert trainer.held_out_loss() == 0.5 and asked[0].tolist() == [0.0, 0.0] and whole > 1
+
+
+def test_adapters_on_a_quantised_base_are_trained_in_float32_and_its_figures_say_so(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL makes what is trained on four bits bfloat16. The four bits themselves need CUDA."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "is_loaded_in_4bit", True, raising=False)
+    trainer = trainer_on(tiny_chain, tmp_path, "lora={r: 4, alpha: 8, dropout: 0.1}")
+    assert {p.dtype for p in trainer.tuned.parameters().values()} == {torch.float32}
+    trainer.tuned.quantise = "nf4"
+    assert sft.measure(trainer, None, [], "_before").keys() == {"eval/loss_quantised_before"}
+
+
+def test_dialogues_longer_than_the_base_knows_are_refused_before_it_is_loaded(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from baton.tuned import Tuned
+    from reward.members import Members
+    from reward.train import main as train_reward
+
+    monkeypatch.setattr(Tuned, "make", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(Members, "from_sft", lambda *_: pytest.fail("loaded"))
+    chain = tiny_chain.copy(tmp_path)
+    longer = ["train.tokens_per_batch=2048", "train.tokens_per_micro_batch=2048", "train.sequence_length=2048"]
+    with pytest.raises(UserError, match="train.sequence_length is 2048, but the base knows 1024 positions"):
+        sft.main(chain.recipe("sft", *longer, "train.seed=8"))
+    with pytest.raises(UserError, match="train.max_length is 2048, but the base knows 1024 positions"):
+        train_reward(chain.recipe("reward", "train.max_length=2048", "train.tokens_per_micro_batch=4096"))
 
 
 def test_four_bits_are_refused_before_any_work(tiny_chain: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,46 @@ def test_a_process_that_dies_is_told(tokenizer_folder: Path) -> None:
             process.join()
         with pytest.raises(UserError, match="has died.*fewer --workers"):
             encoders.submit(Texts(["fox"], "en")).result()
+
+
+def test_an_error_ends_the_command_however_many_batches_wait(
+    tmp_path: Path, make_recipe: Any, tokenizer_folder: Path
+) -> None:
+    """The bad line is met while more batches are under way than there are processes."""
+    lines = [json.dumps({"text": text}).encode() for text in some_texts(120)]
+    lines[110] = b'{"text": "caf\xe9"}'
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    recipe = make_recipe({"train": [{"path": "a.jsonl", "language": "en"}]})
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom baton.corpus import documents\n"
+        "from baton.corpus.prepare import prepare\nfrom baton.recipe import load_recipe\n"
+        "if __name__ == '__main__':\n"
+        "    documents.BATCH_CHARACTERS = 2000\n"
+        "    prepare(load_recipe(sys.argv[1]), Path(sys.argv[2]), workers=2)\n"
+    )
+    command = [sys.executable, str(script), str(recipe.path), str(tokenizer_folder)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode and "a.jsonl line 111" in found.stderr
+
+
+def test_another_end_token_or_template_is_another_corpus(
+    tmp_path: Path, make_recipe: Any, tokenizer_folder: Path
+) -> None:
+    data = {"train": [{"path": write_jsonl(tmp_path / "a.jsonl", TEXTS), "language": "en"}]}
+    first = prepare(make_recipe(data), tokenizer_folder, workers=1)
+    folders = {first.folder}
+    other = tmp_path / "other"
+    shutil.copytree(tokenizer_folder, other)
+    (other / "README.md").write_text("nothing about tokens")
+    assert prepare(make_recipe(data), other, workers=1).folder == first.folder
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|im_end|>"}))
+    folders.add(prepare(make_recipe(data), other, workers=1).folder)
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    corpus = prepare(make_recipe(data), other, workers=1)
+    assert len({*folders, corpus.folder}) == 3
+    assert (corpus.tokenizer_folder / "chat_template.jinja").is_file()
 
 
 def test_no_digest_is_lost_between_arrays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,8 +212,37 @@ def test_too_little_text_is_refused_before_anything_is_read(tmp_path: Path) -> N
     assert len(training_rows(corpus, data, train_settings(), PAD)) == 18
     with pytest.raises(UserError, match=r"needs 168 tokens .* there are 144 under max_epochs"):
         training_rows(corpus, data, train_settings(steps=7), PAD)
-    with pytest.raises(UserError, match=r"needs 168 tokens"):
-        training_rows(corpus, data, train_settings(), PAD, skipped=[2])
+
+
+def test_passed_over_batches_come_last_where_there_is_no_other_text(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, {"a": [[11, 12, 13, 14, 15, 16]] * 9})
+    data = CorpusData.model_validate({"train": [{"path": "a", "max_epochs": 2}]})
+    plain = training_rows(corpus, data, train_settings(), PAD)
+    other = training_rows(corpus, data, train_settings(), PAD, skipped=[1, 2])
+    assert batches_of(other) == [batches_of(plain)[number] for number in (0, 3, 4, 5, 1, 2)]
+    # batch 6, the first that is read again, was passed over as well
+    again = training_rows(corpus, data, train_settings(), PAD, skipped=[1, 2, 6])
+    assert batches_of(again) == [batches_of(plain)[number] for number in (0, 3, 4, 5, 2, 1)]
+
+
+def batches_of(rows: Any) -> list[list[Any]]:
+    samples = [rows.sample(number) for number in range(len(rows))]
+    return [samples[at : at + rows.rows_per_batch] for at in range(0, len(rows), rows.rows_per_batch)]
+
+
+def test_it_is_known_where_a_source_is_used_up(tmp_path: Path) -> None:
+    """a and b take turns until a's 9 rows are used up, after 18 samples or one less, in the batch of step 5."""
+    corpus = make_corpus(tmp_path, {"a": [[11, 12, 13, 14, 15, 16]] * 9, "b": [[11, 12, 13, 14, 15, 16]] * 9})
+    data = CorpusData.model_validate(
+        {"train": [{"path": "a", "share": 0.5, "max_epochs": 1}, {"path": "b", "share": 0.5}]}
+    )
+    rows = training_rows(corpus, data, train_settings(steps=12), PAD)
+    last = max(number for number in range(len(rows)) if rows.sample(number).source == 0)
+    assert [step for step in range(12) if rows.changes_at(step)] == [(last + 1) // 3]
+    plain = training_rows(
+        corpus, CorpusData.model_validate({"train": [{"path": "a"}, {"path": "b"}]}), train_settings(steps=12), PAD
+    )
+    assert not any(plain.changes_at(step) for step in range(12))
 
 
 def test_the_report_says_shares_epochs_and_padding(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from baton.data import load
+from baton.data.faults import Unusable
+from baton.data.formats import convert
+from baton.data.turns import check_row
 from baton.errors import UserError
 from baton.recipe import Source
 
@@ -107,3 +110,23 @@ def test_parts_that_are_no_text_are_an_error(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_in_a_tool_drops_the_dialogue(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="half a surrogate pair"):
         rows_of({**with_call(tool_calls=[WANTED]), "tools": [{**FUNCTION, "description": "\ud83d"}]}, tmp_path)
+
+
+def test_pairs_and_prompts_with_tools_are_left_out_and_dialogues_are_not() -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    pair = {"prompt": "Rain?", "chosen": "Yes.", "rejected": "No.", "tools": tools}
+    with pytest.raises(Unusable, match="tools"):
+        convert(pair, "preference", "preference")
+    assert convert(pair, "preference", "dialogue")[0]["tools"] == tools
+    (prompt,) = convert({"prompt": "Rain?", "tools": tools}, "prompts", "prompt")
+    with pytest.raises(Unusable, match="tools"):
+        check_row(prompt, "prompt")
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_a_message_that_is_to_be_left_out_of_the_loss_leaves_its_row_out(mark: dict[str, Any]) -> None:
+    said = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "No."} | mark]
+    with pytest.raises(Unusable, match="left out of the loss"):
+        convert({"messages": said}, "messages", "dialogue")
+    said[1] |= {"weight": 1, "train": True}
+    assert convert({"messages": said}, "messages", "dialogue")
