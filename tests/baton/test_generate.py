@@ -11,6 +11,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from baton import chat
 from baton.bpe import train_tokenizer
 from baton.chat import DOCUMENT_END
 from baton.errors import UserError
@@ -159,18 +160,25 @@ def test_a_token_is_shown_by_its_text_or_its_bytes(tokenizer: Any) -> None:
 
 
 class Template:
-    """A tokenizer that gives a reply of four tokens, of which the last ends a turn, and something after it."""
+    """A tokenizer whose reply is four tokens, of which the last ends a turn, with something after it."""
 
     eos_token_id = 2
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **settings: Any) -> dict[str, list[int]]:
-        return {"input_ids": [10, 20, 2, 30, 2, 99][: 6 if len(messages) == 2 else 9] + [99] * (len(messages) - 2)}
+
+@pytest.fixture
+def template(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def encode(tokenizer: Any, messages: list[dict[str, str]], tools: Any, opened: bool) -> list[int]:
+        assert isinstance(tokenizer, Template) and not opened
+        return [10, 20, 2, 30, 2, 99] + [99] * (len(messages) - 2)
+
+    monkeypatch.setattr(chat, "_encode", encode)
+    return Template()
 
 
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def test_reward_reads_the_last_reply_up_to_its_end() -> None:
+def test_reward_reads_the_last_reply_up_to_its_end(template: Any) -> None:
     class Scorer:
         device = torch.device("cpu")
         config = LlamaConfig(max_position_embeddings=8)
@@ -178,10 +186,10 @@ def test_reward_reads_the_last_reply_up_to_its_end() -> None:
         def __call__(self, input_ids: torch.Tensor) -> Any:
             return type("Output", (), {"logits": input_ids.sum(-1, keepdim=True).float()})
 
-    assert reward(Scorer(), Template(), MESSAGES) == 10 + 20 + 2 + 30 + 2  # type: ignore[arg-type]
+    assert reward(Scorer(), template, MESSAGES) == 10 + 20 + 2 + 30 + 2
 
 
-def test_the_reward_of_an_ensemble_is_the_mean_of_its_members() -> None:
+def test_the_reward_of_an_ensemble_is_the_mean_of_its_members(template: Any) -> None:
     class Ensemble:
         device = torch.device("cpu")
         config = LlamaConfig(max_position_embeddings=8)
@@ -194,4 +202,4 @@ def test_the_reward_of_an_ensemble_is_the_mean_of_its_members() -> None:
         def __call__(self, input_ids: torch.Tensor) -> Any:
             return type("Output", (), {"logits": torch.tensor([[self.peft_config[self.active]]])})
 
-    assert reward(Ensemble(), Template(), MESSAGES) == 2.5  # type: ignore[arg-type]
+    assert reward(Ensemble(), template, MESSAGES) == 2.5
