@@ -107,14 +107,15 @@ def write_text(path: Path, megabytes: int, seed: int = 0) -> None:
             stream.write(line)
 
 
-def run(program: str, *arguments: str, threads: int = 1) -> dict[str, Any]:
+def run(program: str, *arguments: str, threads: int = 1, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """The JSON that a program prints, with `peak_mb`: the most memory of it and its children together."""
     import psutil
 
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(program)
         script.flush()
-        environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = environment or {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment |= {"RAYON_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, script.name, *arguments]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         peak = [0]
