@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,6 +34,7 @@ class Members(nn.Module):
         from transformers import AutoModelForSequenceClassification
 
         self.base_folder, self.dtype, self.pad_id = base, dtype, pad_id
+        self.base_dtype = dtype
         self.model: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
         self.model.config.pad_token_id = pad_id
         self.heads = nn.ModuleList()
@@ -128,6 +130,13 @@ class Members(nn.Module):
     def join(self) -> None:
         """Join layers that read the same input; once the model has its device and number format."""
         join_families(self.model)
+
+    def in_float32(self) -> Self:
+        """A copy that computes in float32."""
+        copy = deepcopy(self).float()
+        copy.dtype = torch.float32
+        copy.join()
+        return copy
 
     def parameters_of(self, number: int) -> dict[str, nn.Parameter]:
         """What is trained of one member, by names that are the same for all."""

@@ -162,6 +162,36 @@ def test_heads_that_are_kept_pass(touched: Any, tokenizer: Any, tmp_path: Path) 
     assert (tmp_path / "tokenizer.json").is_file()
 
 
+def test_float32_decides_where_bfloat16_rounds_too_much(
+    tiny_chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single sample far off in bfloat16 is no lost tensor; a lost one is far off in float32 too."""
+    folders = tiny_chain.folder("pretrain"), tiny_chain.folder("sft")
+    members = Members.from_sft(*folders, torch.bfloat16, 1, count=1, trained="adapter", seed=5)
+    members.join()
+    with torch.no_grad():
+        for parameter in members.parameters_of(0).values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    members.save(0, tmp_path)
+    plain, narrow = train.score_as_others_do, []
+
+    def magnified(members: Members, folder: Path, samples: Any) -> torch.Tensor:
+        scores = plain(members, folder, samples)
+        if members.dtype is torch.bfloat16:
+            narrow.append(scores)
+            return scores + torch.tensor([0.0, 0.2 * (1 + float(scores.abs().max()))])
+        return scores
+
+    monkeypatch.setattr(train, "score_as_others_do", magnified)
+    train.check_member(members, 0, tmp_path, SAMPLES)
+    assert len(narrow) == 1
+    with torch.no_grad():
+        next(iter(members.parameters_of(0).values())).add_(0.05)
+    with pytest.raises(RuntimeError, match="does not survive being saved: reloaded, member 0"):
+        train.check_member(members, 0, tmp_path, SAMPLES)
+    assert members.dtype is torch.bfloat16
+
+
 def test_margins_that_no_pair_has_are_refused(tiny_chain: Any, tmp_path: Path) -> None:
     chain = tiny_chain.unpublished("reward", tmp_path)
     with pytest.raises(UserError, match="loss.margin_weight would be ignored: none of 40 training pairs has a margin"):
