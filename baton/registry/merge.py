@@ -58,6 +58,7 @@ def merge(store: Store, version: Version, adapter: Path, base: Path, target: Pat
                 "small for the base's dtype. Train it longer, or hand on the base.",
             )
         _cast(model, stored)
+        _stop_as_tuned(model, version)
         model.save_pretrained(folder)
         _require_dtypes(folder, version, stored)
         _require_as_saved(folder, version, after, stored)
@@ -93,6 +94,16 @@ def _cast(model: "torch.nn.Module", stored: dict[str, Tensor]) -> None:
         parameter.data = parameter.data.to(_stored_dtype(name, stored))
     config: Any = model.config
     config.dtype = Counter(parameter.dtype for parameter in model.parameters()).most_common(1)[0][0]
+
+
+def _stop_as_tuned(model: Any, version: Version) -> None:
+    """The base's files know the token that ends a text; the adapter's tokenizer, the one that ends a turn."""
+    special = version.manifest["vocabulary"]["special_tokens"]
+    if version.kind in HEAD_KINDS or special["eos"] is None:
+        return
+    stops = [special["eos"], *(stop for stop in special["stop"] if stop != special["eos"])]
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
 def _untie(model: Any) -> None:

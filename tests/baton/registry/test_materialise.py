@@ -299,6 +299,26 @@ def test_merging_by_hand_and_in_the_recorded_dtype(filled: Registry, made: Any, 
     assert "score.weight" in load_file(scorer / "model.safetensors")
 
 
+def test_a_merged_model_ends_replies_as_the_adapter_s_tokenizer_does(
+    filled: Registry, made: Any, tmp_path: Path
+) -> None:
+    """The base names one end; fine-tuning taught another: plain generate must stop at either."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tuned = tmp_path / "tuned"
+    shutil.copytree(made.adapter, tuned)
+    tokenizer = AutoTokenizer.from_pretrained(made.base)
+    ends_text = tokenizer.eos_token_id
+    tokenizer.eos_token = next(token for token in sorted(tokenizer.get_vocab()) if token != tokenizer.eos_token)
+    tokenizer.save_pretrained(tuned)
+    base = filled.resolve("team/base:1")
+    version = filled.publish(tuned, name="team/tuned", kind="adapter", base=base)
+    merged = filled.merge(version, tmp_path / "merged")
+    wanted = [tokenizer.eos_token_id, ends_text]
+    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == wanted
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == wanted
+
+
 def test_a_base_stored_under_shorter_names_merges(registry: Registry, tmp_path: Path) -> None:
     """GPT-2 lies on the Hub without `transformer.` before its tensors' names, and is saved with it."""
     import torch
