@@ -105,7 +105,7 @@ class Encoder:
 
 
 class Encoders:
-    """`workers` processes that encode; with one, or for one batch only, this process does it itself.
+    """`workers` processes that encode, started when there is work for them; with one, this process does it itself.
 
     Use as a context manager. The processes are spawned, not forked: torch's threads would not survive a fork. They end
     with their parent, even where that is killed: their end of the pipe closes.
@@ -114,7 +114,6 @@ class Encoders:
     def __init__(self, encoding: Encoding, workers: int) -> None:
         self.encoding, self.workers = encoding, workers
         self._own: Encoder | None = None
-        self._num_submitted = 0
         self._threads: ThreadPoolExecutor | None = None
         self._processes: list[Any] = []
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
@@ -130,10 +129,12 @@ class Encoders:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, texts: Texts) -> Future[Encoded]:
-        """Encode a batch; where this process encodes, the future is done when it is returned."""
-        self._num_submitted += 1
-        if self.workers > 1 and self._num_submitted > 1:
+    def submit(self, texts: Texts, here: bool = False) -> Future[Encoded]:
+        """Encode a batch; where this process encodes, the future is done when it is returned.
+
+        `here`: it is too little to start processes for; where they run already, one of them takes it.
+        """
+        if self.workers > 1 and not (here and self._threads is None):
             if self._threads is None:
                 self._start()
             assert self._threads is not None

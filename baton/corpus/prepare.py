@@ -181,13 +181,19 @@ class _Preparation:
         """The source's batches from document `start` on, encoded, in order; some more than processes are under way."""
         tasks: deque[_Task] = deque()
         language = source.language or (None if self.detects else UNKNOWN)
-        for batch in batches(source, self.base, start):
+        read = batches(source, self.base, start)
+        batch = next(read, None)
+        is_small = True
+        while batch is not None:
+            following = next(read, None)
+            is_small = is_small and following is None
             if self.data.deduplicate:
                 batch = without_duplicates(batch, *self.seen.of(use))
-            tasks.append(_Task(batch, encoders.submit(Texts(batch.texts, language))))
+            tasks.append(_Task(batch, encoders.submit(Texts(batch.texts, language), here=is_small)))
             while tasks and (len(tasks) > self.workers + 2 or tasks[0].encoded.done()):
                 task = tasks.popleft()
                 yield task.batch, task.encoded.result()
+            batch = following
         while tasks:
             task = tasks.popleft()
             yield task.batch, task.encoded.result()
