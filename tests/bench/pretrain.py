@@ -154,7 +154,7 @@ def run_ours(size: str, steps: int, folder: Path, options: dict[str, Any]) -> An
     return times, losses
 
 
-def one_side(side: str, size: str, steps: int) -> dict[str, float]:
+def one_side(side: str, size: str, steps: int, micro_batch: int | None) -> dict[str, float]:
     """Train in this process; tokens a second after the warm-up, and the last losses' mean."""
     import torch
 
@@ -164,7 +164,7 @@ def one_side(side: str, size: str, steps: int) -> dict[str, float]:
         if side.startswith("plain"):
             times, losses = run_plain(size, steps, Path(folder), side == "plain_bf16")
         else:
-            options = {"compile": side == "ours"}
+            options = {"compile": side == "ours", "tokens_per_micro_batch": micro_batch}
             times, losses = run_ours(size, steps, Path(folder), options)
     seconds = statistics.median(after - before for before, after in pairwise(times[WARM_UP:]))
     rate = LENGTH * ROWS / seconds
@@ -195,13 +195,15 @@ def product_seconds(size: str) -> float:
     return total
 
 
-def in_process(side: str, size: str, steps: int) -> dict[str, float]:
+def in_process(side: str, size: str, steps: int, micro_batch: int | None) -> dict[str, float]:
     """`one_side` in a process of its own, with the environment that `baton run` gives a stage where it is ours."""
     from baton.launch import stage_environment
 
     environment = stage_environment("pretrain") if side.startswith("ours") else dict(os.environ)
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [sys.executable, __file__, "--one", side, "--size", size, "--steps", str(steps)]
+    if micro_batch:
+        command += ["--tokens-per-micro-batch", str(micro_batch)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -209,12 +211,12 @@ def in_process(side: str, size: str, steps: int) -> dict[str, float]:
     return found
 
 
-def compare(sides: list[str], size: str, steps: int, rounds: int) -> dict[str, Any]:
+def compare(sides: list[str], size: str, steps: int, rounds: int, micro_batch: int | None) -> dict[str, Any]:
     """Medians over `rounds` of each side, taken in turns, and their ratios."""
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            found[side].append(in_process(side, size, steps))
+            found[side].append(in_process(side, size, steps, micro_batch))
             print(f"{size} {side}: {found[side][-1]}", file=sys.stderr, flush=True)
     table: dict[str, Any] = {
         side: {key: statistics.median(each[key] for each in runs) for key in runs[0]} for side, runs in found.items()
@@ -239,14 +241,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--floor", action="store_true", help="also the 50M model, for the floors")
+    parser.add_argument("--tokens-per-micro-batch", type=int, help="ours; the default is the recipe's")
     arguments = parser.parse_args()
+    micro_batch = arguments.tokens_per_micro_batch
     if arguments.one:
-        print(json.dumps(one_side(arguments.one, arguments.size, arguments.steps)))
+        print(json.dumps(one_side(arguments.one, arguments.size, arguments.steps, micro_batch)))
         return
     sides = arguments.sides.split(",")
-    found = compare(sides, arguments.size, arguments.steps, arguments.rounds)
+    found = compare(sides, arguments.size, arguments.steps, arguments.rounds, micro_batch)
     if arguments.floor:
-        found["50M"] = compare([sides[0]], "50M", arguments.steps, 1)
+        found["50M"] = compare([sides[0]], "50M", arguments.steps, 1, micro_batch)
         found |= {share: found["50M"][share] for share in SHARES}
     print(json.dumps(found) if arguments.json else json.dumps(found, indent=1))
 

@@ -298,6 +298,18 @@ def test_what_was_seen_before_an_end_is_known_after_it(
     assert contents(again.folder) == contents(plain.folder)
 
 
+def test_processes_start_where_there_is_more_than_a_batch(tokenizer_folder: Path) -> None:
+    """And take even a small batch once they run: this process has the reading and writing to do."""
+    with Encoders(encoding_of(tokenizer_folder), workers=2) as encoders:
+        small = encoders.submit(Texts([TEXTS[0]], "en"), here=True)
+        assert small.done() and not encoders._processes
+        large = encoders.submit(Texts([TEXTS[0]], "en"))
+        assert len(encoders._processes) == 2
+        after = encoders.submit(Texts([TEXTS[0]], "en"), here=True)
+        assert encoders._own is None
+        assert large.result().tokens.tolist() == small.result().tokens.tolist() == after.result().tokens.tolist()
+
+
 def test_a_process_that_dies_is_told(tokenizer_folder: Path) -> None:
     with Encoders(encoding_of(tokenizer_folder), workers=2) as encoders:
         first = [encoders.submit(Texts([text], "en")) for text in TEXTS]
