@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 
+TODAY = datetime(2024, 7, 26)
+"""What a template that tells the date is given, Llama 3's own default: a resume tomorrow must read the same tokens."""
+
+_TELLS_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -182,7 +187,7 @@ def _run(
 
     # a key whose value is None counts as missing, as in apply_chat_template
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    template = str(tokenizer.chat_template)
+    template = _dated(str(tokenizer.chat_template))
     marked = marks_turns(template)
     # render_jinja_template is annotated as giving a str; it gives the texts and the said stretches of each
     draw: Any = render_jinja_template
@@ -198,6 +203,12 @@ def _run(
     except (TemplateError, TypeError) as fault:
         raise Unrenderable(f"the template refuses it: {fault}") from None
     return str(texts[0]), [(first, last) for first, last in stretches[0]] if marked else []
+
+
+@lru_cache(maxsize=16)
+def _dated(template: str) -> str:
+    """The template with TODAY's date where it asks for today's: what is called in a template cannot be handed in."""
+    return _TELLS_DATE.sub(lambda asked: repr(TODAY.strftime(asked[2])), template)
 
 
 def _check_tools(text: str, messages: Messages, tools: list[Any] | None) -> None:

@@ -321,6 +321,14 @@ def test_an_unmarked_template_that_changes_earlier_turns_is_refused_with_the_dif
         install_template(tokenizer, "keep", Path())
 
 
+def test_a_template_that_tells_the_date_tells_the_same_one_every_day() -> None:
+    tokenizer = family_tokenizer("chatml")
+    install_template(tokenizer, "chatml", Path())
+    plain = render(tokenizer, TALK).text
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}:" + str(tokenizer.chat_template)
+    assert render(tokenizer, TALK).text == "26 Jul 2024:" + plain
+
+
 def test_a_sentencepiece_tokenizer_is_not_cut_into_pieces() -> None:
     """It puts a space in front of every text: pieces would hold spaces that the dialogue has not."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
