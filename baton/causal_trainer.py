@@ -30,6 +30,23 @@ WORTH_COMPILING = 3e14
 """`compile: auto` compiles trainings of at least so many FLOPs: some minutes on a CPU, of which compiling takes one."""
 
 
+ACTIVATIONS = 8 << 30
+"""Bytes that a micro-batch's activations may take where the recipe does not say: the same everywhere, as gradients that
+are added up otherwise are rounded otherwise."""
+
+
+def micro_batch_tokens(config: Any, train: PretrainTrain, dtype: torch.dtype) -> int:
+    """Tokens of a micro-batch: the recipe's, or whole rows whose activations fit into ACTIVATIONS.
+
+    34 bytes a layer, unit of width and token in 16 bits (Korthikanti et al. 2022, equation 1; scores are not kept).
+    """
+    if train.tokens_per_micro_batch:
+        return train.tokens_per_micro_batch
+    text = config.get_text_config()
+    per_row = 17 * dtype.itemsize * text.hidden_size * text.num_hidden_layers * train.sequence_length
+    return min(max(1, ACTIVATIONS // per_row) * train.sequence_length, train.tokens_per_batch)
+
+
 class CausalTrainer(GuardedTrainer):
     """Trains every weight of a causal language model on packed rows.
 
@@ -44,7 +61,7 @@ class CausalTrainer(GuardedTrainer):
         length = train.sequence_length
         self.attention = model.config._attn_implementation
         choose_row_attention(model, length, run.state.device)
-        micro = (train.tokens_per_micro_batch or train.tokens_per_batch) // length
+        micro = micro_batch_tokens(model.config, train, run.dtype) // length
         settings = trainer_settings(run, train, train.rows_per_batch, micro)
         per_token = flops_per_token(model, length)
         peak = matrix_rate(run.state.device, run.dtype) * run.state.num_processes if run.is_main else 1.0

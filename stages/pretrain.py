@@ -182,13 +182,14 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def measure(run: Run[PretrainRecipe], model: Any, start: Start, when: str) -> dict[str, Any]:
     """Held-out loss and bits per byte, in all and by source and language, as `when`/…; all processes share the work."""
     from baton.bits import bits_per_byte
+    from baton.causal_trainer import micro_batch_tokens
 
     train = run.recipe.train
     assert train
     if not start.corpus.eval:
         return {}
     model.to(run.state.device)
-    tokens_at_once = train.tokens_per_micro_batch or train.tokens_per_batch // run.state.num_processes
+    tokens_at_once = micro_batch_tokens(model.config, train, run.dtype)
     found = bits_per_byte(model, start.corpus.eval, train.sequence_length, tokens_at_once, run.dtype, run.state)
     return {f"{when}/{name.removeprefix('eval/')}": value for name, value in found.items()}
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from baton.corpus.documents import Batch, Dropped, batches, without_duplicates
 from baton.corpus.encode import UNKNOWN, Encoded, Encoders, Texts, can_detect, encoding_of, usable_cores
+from baton.corpus.names import names_of, sources_of
 from baton.corpus.places import corpora_folder, locked
 from baton.corpus.shards import FORMAT, MANIFEST, TOKENIZER, Corpus, read_json, write_json
 from baton.corpus.source_writer import Seen, SourceWriter
@@ -92,11 +93,13 @@ def corpus_key(data: CorpusData, folder: Path, tokenizer_folder: Path) -> tuple[
     """(key, what it is the digest of): all that decides what a prepared folder holds."""
     kept = data.model_dump(mode="json", include={"deduplicate", "near_duplicates", "shard_tokens"})
     facts: dict[str, Any] = {"format": FORMAT, "tokenizer": tokenizer_identity(tokenizer_folder), "settings": kept}
-    for use, sources in (("train", data.train), ("eval", data.eval)):
+    if any(source.language is None for source in (*data.train, *data.eval)):
+        facts["languages_by"] = _detector_name() if can_detect() else None
+    for use in ("train", "eval"):
         facts[use] = [
             # how often a source is read says nothing about what it holds
             {**fingerprint(source, folder), "language": source.language, "weight": None}
-            for source in sources
+            for source in sources_of(data, use)
         ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), facts
 
@@ -121,8 +124,8 @@ class _Preparation:
         """Every source, held-out text first: what is held out is not trained on; then the manifest."""
         done: dict[str, list[dict[str, Any]]] = {"eval": [], "train": []}
         with Encoders(self.encoding, self.workers) as encoders:
-            for use, sources in (("eval", self.data.eval), ("train", self.data.train)):
-                for at, source in enumerate(sources):
+            for use in ("eval", "train"):
+                for at, source in enumerate(sources_of(self.data, use)):
                     done[use].append(self._source(use, at, source, encoders))
         manifest = {
             "format": FORMAT,
@@ -163,7 +166,7 @@ class _Preparation:
             "use": use,
             "folder": place,
             "path": source.path,
-            "name": _name(source.path),
+            "name": names_of(sources_of(self.data, use))[at],
             "licence": source.licence,
             **summary(self.out / place, writer.entries, writer.codes, self.dtype),
             "dropped": writer.dropped,
@@ -197,11 +200,6 @@ class _Preparation:
         while tasks:
             task = tasks.popleft()
             yield task.batch, task.encoded.result()
-
-
-def _name(path: str) -> str:
-    """A source's name: its file's, folder's or dataset's, without suffixes."""
-    return Path(path.rstrip("/")).name.split(".")[0] or path
 
 
 def _reasons(dropped: Dropped) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 import numpy as np
 
 from baton.corpus.mixture import MixedSource, Mixture, Sample
+from baton.corpus.shards import Recent
 from baton.packing import IGNORED, best_fit
 from baton.schedule import batch_number
 
@@ -120,14 +121,11 @@ class SourceRows:
 
     def __init__(self, source: PreparedSource, length: int, pad_id: int, packing: Packing = "best_fit") -> None:
         self.source, self.length, self.pad_id, self.packing = source, length, pad_id, packing
-        self._indices: list[RowIndex] = []
+        self._indices = Recent()
         if packing == "best_fit":
-            for shard, entry in enumerate(source.shards):
-                # by the digest of the documents' ends: a shard that was prepared anew must not get the old one's rows
-                file = source.shard_file(shard, f"rows-{length}-{_INDEX_FORMAT}-{entry['sha256']['ends.npy'][:12]}.npy")
-                self._indices.append(RowIndex.beside(file, source.shard_ends(shard), length))
-            counts = [index.num_rows for index in self._indices]
-            self.num_tokens = sum(index.num_tokens for index in self._indices)
+            found = [(index.num_rows, index.num_tokens) for index in map(self._index, range(len(source.shards)))]
+            counts = [num_rows for num_rows, _ in found]
+            self.num_tokens = sum(num_tokens for _, num_tokens in found)
         else:
             counts = [-(-source.num_tokens // length)]
             self.num_tokens = source.num_tokens
@@ -173,8 +171,17 @@ class SourceRows:
             return list(zip([start, *borders[:-1]], borders, strict=True))
         shard = bisect_right(self._row_starts, row) - 1
         before = self.source.token_starts[shard]
-        spans = self._indices[shard].spans(row - self._row_starts[shard])
+        spans = self._index(shard).spans(row - self._row_starts[shard])
         return [(before + start, before + stop) for start, stop in spans]
+
+    def _index(self, shard: int) -> RowIndex:
+        # by the digest of the documents' ends: a shard that was prepared anew must not get the old one's rows
+        digest = self.source.shards[shard]["sha256"]["ends.npy"][:12]
+        file = self.source.shard_file(shard, f"rows-{self.length}-{_INDEX_FORMAT}-{digest}.npy")
+        found: RowIndex = self._indices.get(
+            shard, lambda: RowIndex.beside(file, self.source.shard_ends(shard), self.length)
+        )
+        return found
 
     def _document(self, start: int) -> int:
         """The number of the document that holds token `start` of the stream."""

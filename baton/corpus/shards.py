@@ -12,8 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -25,8 +28,40 @@ from baton.errors import UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-# a map is two kernel entries; the kernel allows some 65,000 of them a process
-_MAX_OPEN = 4096
+_MOST_FILES = 1 << 16
+
+
+class Recent:
+    """What was asked for last, by a key: memory maps, each of which holds a file open."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[Any, Any] = OrderedDict()
+
+    def __reduce__(self) -> Any:
+        return Recent, ()  # another process opens its own
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The value of `key`, made where it is not among those that are held."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
+        while len(self._held) >= files_of_a_source():
+            self._held.popitem(last=False)
+        self._held[key] = found = make()
+        return found
+
+
+@cache
+def files_of_a_source() -> int:
+    """How many files a source may hold open at once: a sixteenth of what this process may open.
+
+    A process may commonly open 1,024, and many more where it asks, which is done here.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(most // 16, 8)
 
 
 def token_dtype(vocabulary: int) -> np.dtype:
@@ -116,11 +151,7 @@ class PreparedSource:
         self.shards: list[dict[str, Any]] = facts["shards"]
         self.token_starts = [0, *accumulate(shard["tokens"] for shard in self.shards)]
         self.document_starts = [0, *accumulate(shard["documents"] for shard in self.shards)]
-        self._open: dict[tuple[int, str], np.ndarray] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # maps are opened anew in another process
-        return {**self.__dict__, "_open": {}}
+        self._open = Recent()
 
     @property
     def num_tokens(self) -> int:
@@ -213,12 +244,8 @@ class PreparedSource:
         return spans
 
     def _array(self, shard: int, kind: str) -> np.ndarray:
-        array = self._open.get((shard, kind))
-        if array is None:
-            if len(self._open) >= _MAX_OPEN:
-                self._open.clear()
-            array = self._open[shard, kind] = self._map(shard, kind)
-        return array
+        found: np.ndarray = self._open.get((shard, kind), lambda: self._map(shard, kind))
+        return found
 
     def _map(self, shard: int, kind: str) -> np.ndarray:
         file, num_tokens = self.shard_file(shard, kind), self.shards[shard]["tokens"]

@@ -21,6 +21,8 @@ DataFile = Path | ObjectFile
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+_PARQUET_ROWS = 1024
+"""Rows of a parquet file that are read at once: documents may be long."""
 SUPPORTED = f"supported are {', '.join(SUFFIXES)}, each also with {' or '.join(COMPRESSIONS)} after it"
 
 
@@ -227,7 +229,7 @@ def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, dict
         return
     number = 0
     try:
-        for batch in parquet.ParquetFile(io.BytesIO(content) if content else stream).iter_batches():
+        for batch in parquet.ParquetFile(io.BytesIO(content) if content else stream).iter_batches(_PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row

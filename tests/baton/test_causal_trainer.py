@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from baton import causal_trainer
-from baton.causal_trainer import Average, TrainingLoss, choose_row_attention, compiles, document_table, has_plain_head
+from baton.causal_trainer import (
+    Average,
+    TrainingLoss,
+    choose_row_attention,
+    compiles,
+    document_table,
+    has_plain_head,
+    micro_batch_tokens,
+)
+from baton.pretrain_sections import PretrainTrain
 
 CPU = torch.device("cpu")
 
@@ -107,6 +116,28 @@ def test_the_table_of_two_documents() -> None:
     table = document_table(torch.tensor([[0, 1, 0, 1]]), torch.float32)
     sees = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert (table[0, 0] == 0).int().tolist() == sees and table.shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("told", "dtype", "length", "expected"),
+    [
+        (512, torch.bfloat16, 256, 512),  # the recipe's
+        (None, torch.bfloat16, 512, 17_920),  # 34 bytes x 768 x 18 a token: 35 rows of 512 are in 8 GiB
+        (None, torch.float32, 512, 8_704),
+        (None, torch.bfloat16, 1 << 17, 1 << 17),  # a row at least
+    ],
+)
+def test_a_micro_batch_has_the_activations_that_fit(
+    told: int | None, dtype: torch.dtype, length: int, expected: int
+) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=768, num_hidden_layers=18)
+    train = PretrainTrain(
+        steps=1, learning_rate=1.0, tokens_per_batch=1 << 18, tokens_per_micro_batch=told, sequence_length=length
+    )
+    assert micro_batch_tokens(config, train, dtype) == expected
+    assert micro_batch_tokens(config, train.model_copy(update={"tokens_per_batch": length}), dtype) <= max(length, 512)
 
 
 def test_the_average_by_hand() -> None:

@@ -22,7 +22,7 @@ import zstandard
 from baton.corpus import documents
 from baton.corpus import prepare as prepare_module
 from baton.corpus.encode import Encoders, Texts, encoding_of
-from baton.corpus.prepare import prepare, prepared_corpus
+from baton.corpus.prepare import corpus_key, prepare, prepared_corpus
 from baton.corpus.shards import Corpus, ShardWriter
 from baton.errors import UserError
 
@@ -296,6 +296,33 @@ def test_what_was_seen_before_an_end_is_known_after_it(
     left[0] = 1000
     again = prepare(recipe, tokenizer_folder, tmp_path / "again", workers=1)
     assert contents(again.folder) == contents(plain.folder)
+
+
+def test_a_detector_installed_later_makes_another_corpus(
+    tmp_path: Path, make_recipe: Any, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where a language is left to detect."""
+    keys: dict[str | None, set[str]] = {None: set(), "en": set()}
+    (tmp_path / "a.txt").write_text("fox")
+    for language, found in keys.items():
+        recipe = make_recipe({"train": [{"path": "a.txt", "language": language}]})
+        for is_there in (False, True):
+            monkeypatch.setattr("baton.corpus.prepare.can_detect", lambda is_there=is_there: is_there)
+            found.add(corpus_key(recipe.data, recipe.folder, tokenizer_folder)[0])
+    assert [len(found) for found in keys.values()] == [2, 1]
+
+
+def test_sources_of_one_file_name_keep_figures_of_their_own(
+    tmp_path: Path, make_recipe: Any, tokenizer_folder: Path
+) -> None:
+    for folder in ("en", "ja"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.txt").write_text(f"the fox of {folder}")
+    (tmp_path / "a.txt").write_text("fox")
+    held_out = [{"path": f"{folder}/test.txt", "language": folder} for folder in ("en", "ja")]
+    recipe = make_recipe({"train": [{"path": "a.txt", "language": "en"}], "eval": held_out})
+    corpus = prepare(recipe, tokenizer_folder, workers=1)
+    assert [source.name for source in corpus.eval] == ["en/test", "ja/test"]
 
 
 def test_processes_start_where_there_is_more_than_a_batch(tokenizer_folder: Path) -> None:

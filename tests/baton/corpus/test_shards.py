@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from baton.corpus.shards import Corpus
+from baton.corpus.shards import Corpus, files_of_a_source
 from baton.errors import UserError
 from tests.corpus_maker import make_corpus
 
@@ -36,6 +39,34 @@ def test_documents_are_read_by_number(corpus: Corpus) -> None:
     assert [source.document_bytes(at) for at in range(4)] == [6, 2, 4, 8]
     assert source.document_language(3) == "en"
     assert corpus.eval[0].document(0).tolist() == [0, 11, 0]
+
+
+def test_no_more_files_are_open_than_a_process_may_have(tmp_path: Path) -> None:
+    """Sixty shards of six files each, where a process may open 48 files in all."""
+    make_corpus(tmp_path, {"a": [[at, at + 1] for at in range(60)]}, documents_per_shard=1)
+    program = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+from pathlib import Path
+from baton.corpus.rows import SourceRows
+from baton.corpus.shards import Corpus
+source = Corpus.open(Path({str(tmp_path)!r})).train[0]
+rows = SourceRows(source, 4, 0)
+assert len(source.shards) == len(rows) == 60
+found = [rows[at]["input_ids"].tolist() for at in [*range(60), *range(60)]]
+assert found == [[0, at, at + 1, 0] for at in [*range(60), *range(60)]]
+assert sum(source.document_bytes(at) for at in range(60)) == source.num_bytes
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_asks_for_more_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 524_288))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    assert files_of_a_source.__wrapped__() == 4096
+    assert asked == [(65_536, 524_288)]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "ends.npy"])
