@@ -74,7 +74,7 @@ ANSWERS = [
 """Shown for every stage that asked questions."""
 
 NOTES = {
-    "n-gram": "n-gram: an interpolated n-gram model on the same tokens",
+    "n-gram": "n-gram: an interpolated n-gram model on the same tokens, 15M of them at most",
     "longer": "longer: preferring whichever reply is longer",
     "gold": "gold reward: by a reward that was never optimised",
     "win rate": "win rate: by the optimised reward; ties count half; against: its 95% interval",

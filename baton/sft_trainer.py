@@ -53,6 +53,8 @@ class DialogueTrainer(Guarding, SFTTrainer):
         self.packs = run.state.device.type != "cpu" if train.packing == "auto" else train.packing
         self._tallies = torch.zeros(2)  # sum of entropies, tokens
         self.order = self.order_for(run.state.num_processes, skipped)
+        # what rates are told in: tokens of dialogues, without padding
+        useful = sum(len(item.ids) for row in self.dialogues["train"] for item in row) / len(self.dialogues["train"])
         settings = trainer_settings(run, train, train.rows_per_batch, train.rows_per_batch)
         # the model chooses its number formats; autocast around everything would cast frozen weights at every use
         settings["bf16"] = False
@@ -64,7 +66,7 @@ class DialogueTrainer(Guarding, SFTTrainer):
             train_dataset=Dataset.from_dict({"row": self.order}),
             data_collator=_numbers,
             processing_class=tokenizer,
-            callbacks=[Recorder(run, "sft", train.tokens_per_batch, "tokens"), _Join(tuned)],
+            callbacks=[Recorder(run, "sft", round(useful * train.rows_per_batch), "tokens"), _Join(tuned)],
         )
         tuned.widen()  # TRL makes adapters on a quantised base bfloat16
         self.remove_callback(PrinterCallback)

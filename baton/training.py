@@ -55,6 +55,7 @@ def trainer_settings(
         **schedule_settings(train),
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch_fused",
         "adam_beta2": train.adam_beta2,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": per_process // micro,

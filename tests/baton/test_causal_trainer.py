@@ -1,6 +1,11 @@
 """The loss that is trained on against transformers' own, document by document; averages; what is compiled."""
 
 import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +61,38 @@ def test_the_loss_is_that_of_separate_documents(tiny_llama: Any, rows: dict[str,
     for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-4), name
     assert "forward" not in vars(ours), "the model's own forward is back"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="compiling needs a C++ compiler")
+def test_compiled_the_loss_is_that_of_separate_documents(
+    tiny_llama: Any, rows: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """In a process of its own, as this one has compilation switched off: loss and gradients, borders included."""
+    tiny_llama.save_pretrained(tmp_path)
+    torch.save(rows, tmp_path / "rows.pt")
+    program = f"""
+import torch
+from transformers import LlamaForCausalLM
+from baton.causal_trainer import TrainingLoss, choose_row_attention
+model = LlamaForCausalLM.from_pretrained({str(tmp_path)!r}, dtype=torch.float32).train()
+choose_row_attention(model, 10, torch.device("cpu"))
+training = TrainingLoss(model, None, 0.0, True)
+with training:
+    loss = model(**torch.load({str(tmp_path / "rows.pt")!r}, weights_only=True))
+loss.backward()
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+torch.save([loss.detach(), *(p.grad for p in model.parameters())], {str(tmp_path / "found.pt")!r})
+"""
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loss, *gradients = torch.load(tmp_path / "found.pt", weights_only=True)
+    plain = copy.deepcopy(tiny_llama)
+    expected = separate_nats(plain, rows)
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for (name, p), gradient in zip(plain.named_parameters(), gradients, strict=True):
+        assert torch.allclose(gradient, p.grad, rtol=1e-3, atol=1e-4), name
 
 
 def test_narrow_copies_leave_wide_weights_and_gradients(tiny_llama: Any, rows: dict[str, torch.Tensor]) -> None:
