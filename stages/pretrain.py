@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from baton.corpus_sections import CorpusData
 
 
-SCANNED = 1 << 24
-"""Tokens looked at in one go."""
-
-
 def main(recipe: PretrainRecipe) -> Version:
     """Train a decoder on text, from scratch or from a base (mode: continue), or load one; publish it as a base."""
     run = Run.start(recipe)
@@ -257,8 +253,7 @@ def refresh_unseen_rows(model: Any, sources: Sequence[PreparedSource], seed: int
     rows_of_tokens = model.get_input_embeddings().weight.data
     counts = np.zeros(len(rows_of_tokens), dtype=np.int64)
     for source in sources:
-        for at in range(0, source.num_tokens, SCANNED):
-            piece = source.tokens(at, min(at + SCANNED, source.num_tokens))
+        for piece in source.read_through():
             counts += np.bincount(piece, minlength=len(counts))
     seen = torch.from_numpy(counts > 0)
     noise = torch.randn(int((~seen).sum()), rows_of_tokens.shape[1], generator=torch.Generator().manual_seed(seed))

@@ -15,7 +15,7 @@ import os
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -177,6 +177,13 @@ class PreparedSource:
         if len(parts) == 1:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+
+    def read_through(self, most: int = 1 << 24) -> Iterator[np.ndarray]:
+        """All tokens once, at most `most` of them at a time, read and not mapped: what is read does not stay."""
+        for shard, entry in enumerate(self.shards):
+            file = self.shard_file(shard, "tokens")
+            for at in range(0, entry["tokens"], most):
+                yield np.fromfile(file, self.dtype, count=most, offset=at * self.dtype.itemsize)
 
     def documents_between(self, start: int, stop: int) -> np.ndarray:
         """(n,) int64: where documents end within (start, stop] of the stream, ascending."""

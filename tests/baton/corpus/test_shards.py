@@ -33,6 +33,12 @@ def test_the_stream_is_read_across_shards(corpus: Corpus) -> None:
             assert source.documents_between(start, stop).tolist() == expected
 
 
+@pytest.mark.parametrize("most", [1, 4, 100])
+def test_the_stream_is_read_through(corpus: Corpus, most: int) -> None:
+    pieces = [piece.tolist() for piece in corpus.train[0].read_through(most)]
+    assert [token for piece in pieces for token in piece] == STREAM and max(map(len, pieces)) <= most
+
+
 def test_documents_are_read_by_number(corpus: Corpus) -> None:
     source = pickle.loads(pickle.dumps(corpus)).train[0]  # as a worker of a loader gets it
     assert [source.document(at).tolist() for at in range(4)] == [[0, *ids, 0] for ids in DOCUMENTS]
