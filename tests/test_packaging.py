@@ -108,6 +108,14 @@ def test_benchmarks_and_gpu_tests_are_not_run_by_default() -> None:
     assert any(marker.startswith("gpu:") for marker in options["markers"])
 
 
+def test_no_benchmark_imports_from_its_own_folder() -> None:
+    """Started as a script, its folder comes first, where reward.py would stand for the package."""
+    scripts = {path.name: path.read_text() for path in (ROOT / "tests" / "bench").glob("*.py")}
+    started = {name: text for name, text in scripts.items() if f"python tests/bench/{name}" in text}
+    assert len(started) >= 5
+    assert [name for name, text in started.items() if "sys.path" not in text] == []
+
+
 @pytest.mark.parametrize("target", ["quickstart", "test", "lint", "types", "smollm2"])
 def test_make_has_the_target(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import tempfile
 from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # the script's own folder is no place to import from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 RECIPE = """
 stage: ppo

@@ -23,6 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+if sys.path[0] == str(Path(__file__).parent):  # the script's own folder is no place to import from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 TEMPERATURE = 0.7  # TRL's default
 RANK = 16
 

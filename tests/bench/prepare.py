@@ -55,6 +55,9 @@ OURS = (
     + """
 import json, sys, time
 from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).parent):  # the script's own folder is no place to import from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 if __name__ == "__main__":
     import transformers.models.auto.tokenization_auto  # a second or more to import, whatever the corpus
     from baton.corpus.prepare import prepare
