@@ -35,8 +35,8 @@ ACTIVATIONS = 8 << 30
 are added up otherwise are rounded otherwise."""
 
 
-def micro_batch_tokens(config: Any, train: PretrainTrain, dtype: torch.dtype) -> int:
-    """Tokens of a micro-batch: the recipe's, or whole rows whose activations fit into ACTIVATIONS.
+def micro_batch_tokens(config: Any, train: PretrainTrain, dtype: torch.dtype, num_processes: int) -> int:
+    """Tokens of a micro-batch: the recipe's, or those of a process's share whose activations fit into ACTIVATIONS.
 
     34 bytes a layer, unit of width and token in 16 bits (Korthikanti et al. 2022, equation 1; scores are not kept).
     """
@@ -44,7 +44,7 @@ def micro_batch_tokens(config: Any, train: PretrainTrain, dtype: torch.dtype) ->
         return train.tokens_per_micro_batch
     text = config.get_text_config()
     per_row = 17 * dtype.itemsize * text.hidden_size * text.num_hidden_layers * train.sequence_length
-    return min(max(1, ACTIVATIONS // per_row) * train.sequence_length, train.tokens_per_batch)
+    return min(max(1, ACTIVATIONS // per_row) * train.sequence_length, train.tokens_per_batch // num_processes)
 
 
 class CausalTrainer(GuardedTrainer):
@@ -61,7 +61,7 @@ class CausalTrainer(GuardedTrainer):
         length = train.sequence_length
         self.attention = model.config._attn_implementation
         choose_row_attention(model, length, run.state.device)
-        micro = micro_batch_tokens(model.config, train, run.dtype) // length
+        micro = micro_batch_tokens(model.config, train, run.dtype, run.state.num_processes) // length
         settings = trainer_settings(run, train, train.rows_per_batch, micro)
         per_token = flops_per_token(model, length)
         peak = matrix_rate(run.state.device, run.dtype) * run.state.num_processes if run.is_main else 1.0

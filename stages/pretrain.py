@@ -185,7 +185,7 @@ def measure(run: Run[PretrainRecipe], model: Any, start: Start, when: str) -> di
     if not start.corpus.eval:
         return {}
     model.to(run.state.device)
-    tokens_at_once = micro_batch_tokens(model.config, train, run.dtype)
+    tokens_at_once = micro_batch_tokens(model.config, train, run.dtype, run.state.num_processes)
     found = bits_per_byte(model, start.corpus.eval, train.sequence_length, tokens_at_once, run.dtype, run.state)
     return {f"{when}/{name.removeprefix('eval/')}": value for name, value in found.items()}
 

@@ -173,8 +173,9 @@ def test_a_micro_batch_has_the_activations_that_fit(
     train = PretrainTrain(
         steps=1, learning_rate=1.0, tokens_per_batch=1 << 18, tokens_per_micro_batch=told, sequence_length=length
     )
-    assert micro_batch_tokens(config, train, dtype) == expected
-    assert micro_batch_tokens(config, train.model_copy(update={"tokens_per_batch": length}), dtype) <= max(length, 512)
+    assert micro_batch_tokens(config, train, dtype, 1) == expected
+    share = micro_batch_tokens(config, train.model_copy(update={"tokens_per_batch": 2 * length}), dtype, 2)
+    assert share == (told or length)
 
 
 def test_the_average_by_hand() -> None:

@@ -311,6 +311,9 @@ def test_ids_that_no_token_has_get_their_rows_as_well() -> None:
 def test_what_is_measured_at_once_is_a_process_s_share(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
+    import torch
+    from transformers import LlamaConfig
+
     from stages.pretrain import measure
 
     asked: list[int] = []
@@ -322,9 +325,10 @@ def test_what_is_measured_at_once_is_a_process_s_share(monkeypatch: pytest.Monke
     monkeypatch.setattr("baton.bits.bits_per_byte", record)
     train = SimpleNamespace(tokens_per_micro_batch=None, tokens_per_batch=512, sequence_length=64)
     state = SimpleNamespace(num_processes=4, device="cpu")
-    run: Any = SimpleNamespace(recipe=SimpleNamespace(train=train), state=state, dtype=None)
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(train=train), state=state, dtype=torch.float32)
     start: Any = SimpleNamespace(corpus=SimpleNamespace(eval=["some"]))
-    measure(run, SimpleNamespace(to=lambda device: None), start, "eval")
+    model = SimpleNamespace(to=lambda device: None, config=LlamaConfig())
+    measure(run, model, start, "eval")
     train.tokens_per_micro_batch = 64
-    measure(run, SimpleNamespace(to=lambda device: None), start, "eval")
+    measure(run, model, start, "eval")
     assert asked == [128, 64]
