@@ -24,6 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+if sys.path[0] == str(Path(__file__).parent):  # the script's own folder is no place to import from
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 CPU = """
 import resource
 def cpu_s():
@@ -55,9 +58,6 @@ OURS = (
     + """
 import json, sys, time
 from pathlib import Path
-
-if sys.path[0] == str(Path(__file__).parent):  # the script's own folder is no place to import from
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 if __name__ == "__main__":
     import transformers.models.auto.tokenization_auto  # a second or more to import, whatever the corpus
     from baton.corpus.prepare import prepare
