@@ -85,9 +85,7 @@ def short_causal_attention(
             return short_causal_attention(query.to(narrow), key.to(narrow), value.to(narrow), scale, table)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(query, key, value, scale, table)  # type: ignore[no-any-return,no-untyped-call]
-    if table is None and query.shape[2] > WHOLE:
-        return _in_blocks(query, key, value, scale)[0]
-    return _weights(query, key, scale, table).bmm(_by_key_head(value, value)).view(query.shape)
+    return attend(query, key, value, scale, table)[0]
 
 
 def _by_key_head(tensor: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -155,6 +153,38 @@ def _back_through_blocks(
     return to_query, to_keys.to(key.dtype).view(key.shape), to_values.to(value.dtype).view(value.shape)
 
 
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, table: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`short_causal_attention` and what its gradients need: the weights, whole or of each block of queries."""
+    if table is None and query.shape[2] > WHOLE:
+        return _in_blocks(query, key, value, scale)
+    weights = _weights(query, key, scale, table)
+    return weights.bmm(_by_key_head(value, key)).view(query.shape), [weights]
+
+
+def attend_backward(
+    given: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value, from that of the output (B, h, L, d) and what `attend` kept."""
+    if len(kept) > 1:
+        return _back_through_blocks(given, query, key, value, kept, scale)
+    weights = kept[0]
+    queries, keys, values = (_by_key_head(tensor, key) for tensor in (query, key, value))
+    given = _by_key_head(given, key)
+    to_value = weights.mT.bmm(given).view(value.shape)
+    to_scores = torch._softmax_backward_data(given.bmm(values.mT), weights, -1, weights.dtype)
+    nothing = to_scores.new_zeros(())
+    to_query = torch.baddbmm(nothing, to_scores, keys, beta=0, alpha=scale).view(query.shape)
+    to_key = torch.baddbmm(nothing, to_scores.mT, queries, beta=0, alpha=scale).view(key.shape)
+    return to_query, to_key, to_value
+
+
 class _Attention(torch.autograd.Function):
     """Keeps the weights, and sums the gradients of keys and values over their query heads within the products."""
 
@@ -167,26 +197,12 @@ class _Attention(torch.autograd.Function):
         scale: float,
         table: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.scale, ctx.by_blocks = scale, table is None and query.shape[2] > WHOLE
-        if ctx.by_blocks:
-            out, kept = _in_blocks(query, key, value, scale)
-            ctx.save_for_backward(query, key, value, *kept)
-            return out
-        weights = _weights(query, key, scale, table)
-        ctx.save_for_backward(query, key, value, weights)
-        return weights.bmm(_by_key_head(value, key)).view(query.shape)
+        out, kept = attend(query, key, value, scale, table)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scale = scale
+        return out
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         query, key, value, *kept = ctx.saved_tensors
-        if ctx.by_blocks:
-            return *_back_through_blocks(given, query, key, value, kept, ctx.scale), None, None
-        (weights,) = kept
-        queries, keys, values = (_by_key_head(tensor, key) for tensor in (query, key, value))
-        given = _by_key_head(given, key)
-        to_value = weights.mT.bmm(given).view(value.shape)
-        to_scores = torch._softmax_backward_data(given.bmm(values.mT), weights, -1, weights.dtype)
-        nothing = to_scores.new_zeros(())
-        to_query = torch.baddbmm(nothing, to_scores, keys, beta=0, alpha=ctx.scale).view(query.shape)
-        to_key = torch.baddbmm(nothing, to_scores.mT, queries, beta=0, alpha=ctx.scale).view(key.shape)
-        return to_query, to_key, to_value, None, None
+        return *attend_backward(given, query, key, value, kept, ctx.scale), None, None

@@ -108,7 +108,7 @@ class _Decoding:
         pad_id: int,
         pick: Pick,
     ) -> None:
-        self.call, self.config, self.prompts, self.pad_id = call, model.config, prompts, pad_id
+        self.call, self.model, self.config, self.prompts, self.pad_id = call, model, model.config, prompts, pad_id
         self.dtype, self.device = model.dtype, model.device
         self._max_new_tokens, self._pick = max_new_tokens, pick
         self._stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.device)
@@ -154,12 +154,14 @@ class _Decoding:
 
 def _decode_in_slots(run: _Decoding, order: list[int], max_rows: int) -> None:
     """A slot for each row in the making; all but the last token of a prompt are read when it joins."""
+    from baton import decode_step
     from baton.slot_cache import SlotCache
 
     autocast = torch.is_autocast_enabled(run.device.type)
     dtype = torch.get_autocast_dtype(run.device.type) if autocast else run.dtype
     slots = SlotCache(run.config.get_text_config(decoder=True).num_hidden_layers, max_rows, dtype, run.device)
     waiting, share = list(order), max(1, max_rows // JOIN_SHARE)
+    turned = run.call is run.model and decode_step.can_compute(run.model, max_rows)
     # of each row in the making: its prompt, the position of the next token in its reply, and the token that is read
     rows = positions = tokens = depths = torch.zeros(0, dtype=torch.long, device=run.device)
     while waiting or len(rows):
@@ -172,14 +174,17 @@ def _decode_in_slots(run: _Decoding, order: list[int], max_rows: int) -> None:
             columns = torch.tensor(lasts, device=run.device).unbind(1)
             known = (rows, positions, tokens, depths)
             rows, positions, tokens, depths = (torch.cat(pair) for pair in zip(known, columns, strict=True))
-        logits = run.call(
-            input_ids=tokens[:, None],
-            attention_mask=slots.step(),
-            position_ids=depths[:, None],
-            past_key_values=slots.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        if turned:
+            logits = decode_step.next_logits(run.model, tokens, depths, slots)
+        else:
+            logits = run.call(
+                input_ids=tokens[:, None],
+                attention_mask=slots.step(),
+                position_ids=depths[:, None],
+                past_key_values=slots.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         slots.stepped()
         tokens, done = run.say(logits, rows, positions)
         positions, depths = positions + 1, depths + 1

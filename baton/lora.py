@@ -88,15 +88,21 @@ class Family:
         return found
 
     def _compute(self, x: torch.Tensor, role: str | None) -> torch.Tensor:
-        weight, bias = self.base()
-        starts, additions = self.additions(role)
-        if not additions:
-            return functional.linear(x, weight, bias)
+        product, factors = self.product(role)
+        if not factors:
+            return functional.linear(x, product.weight, product.bias)
         if role in self.held and not torch.is_grad_enabled():
             held = self.held[role]
-            return linear(torch.cat([x, linear(x, held.down)], dim=-1), held.widened, bias)
-        scales = [addition.scale for addition in additions]
-        return _Shared.apply(x, weight, bias, starts, scales, *_factors(additions))  # type: ignore[no-any-return,no-untyped-call]
+            return linear(torch.cat([x, linear(x, held.down)], dim=-1), held.widened, product.bias)
+        return _Shared.apply(x, product, *factors)  # type: ignore[no-any-return,no-untyped-call]
+
+    def product(self, role: str | None) -> tuple[Product, list[torch.Tensor]]:
+        """What the members compute for the role, and its factors: down and up of each addition."""
+        weight, bias = self.base()
+        starts, additions = self.additions(role)
+        factors = _factors(additions)
+        sizes = [(len(addition.down), len(addition.up), addition.up.dtype) for addition in additions]
+        return Product(weight, bias, starts, [addition.scale for addition in additions], sizes), factors
 
     def additions(self, role: str | None) -> tuple[list[int], list[Addition]]:
         """The role's additions among the members, and at which output each begins."""
@@ -141,6 +147,11 @@ class SharedLinear(nn.Module):
         """The number of outputs."""
         weight: Any = self.base.weight
         return int(weight.shape[1 if self.transposed else 0])
+
+    @property
+    def role(self) -> str | None:
+        """Whom the layer acts for at the moment."""
+        return self._acting.role
 
     def addition(self, role: str) -> Addition:
         """The role's; it must have one."""
@@ -201,49 +212,74 @@ def _joined_factors(
     return torch.cat(list(downs)).to(dtype), joined
 
 
-class _Shared(torch.autograd.Function):
-    """x W^T + b + x down^T up^T with gradients for x and the factors: the frozen weight costs one product each way.
+class Product(NamedTuple):
+    """x W^T + b + x down^T up^T of a family for one role, and its gradients; the weight is frozen.
 
     Autograd of the plain formula would keep the base's output and the addition's output beside the sum, and make
     three passes over the output where `addmm` makes one.
     """
 
+    weight: torch.Tensor  # (out, in)
+    bias: torch.Tensor | None  # (out,)
+    starts: list[int]  # the output at which each addition begins
+    scales: list[float]
+    sizes: list[tuple[int, int, torch.dtype]]  # of each addition: rank, outputs, number format of its factors
+
+    def __call__(
+        self, x: torch.Tensor, factors: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """x (N, in) and the additions' factors -> (N, out), and what `backward` wants."""
+        out = functional.linear(x, self.weight, self.bias)
+        if not factors:
+            return out, ()
+        down, up = _joined_factors(factors, self.starts, self.scales, len(self.weight), x.dtype)
+        inner = x @ down.T
+        return out.addmm_(inner, up.T), (inner, down, up)
+
+    def backward(
+        self, given: torch.Tensor, x: torch.Tensor, kept: Sequence[torch.Tensor], *, to_x: bool, to_factors: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """From the gradient (N, out) of the output: those of x (N, in) and of the factors, in their number format."""
+        grown = given @ self.weight if to_x else None
+        if not kept:
+            return grown, []
+        inner, down, up = kept
+        to_inner = given @ up
+        if grown is not None:
+            grown.addmm_(to_inner, down)
+        if not to_factors:
+            return grown, [None] * (2 * len(self.sizes))
+        # the side with few rows first: half the time of the other order
+        to_down, to_up = to_inner.T @ x, (inner.T @ given).T
+        found: list[torch.Tensor | None] = []
+        row = 0
+        for (rank, out, dtype), start, scale in zip(self.sizes, self.starts, self.scales, strict=True):
+            found.append(to_down[row : row + rank].to(dtype))
+            found.append(to_up[start : start + out, row : row + rank].to(dtype) * scale)
+            row += rank
+        return grown, found
+
+
+class _Shared(torch.autograd.Function):
+    """A family's product within autograd's graph."""
+
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        starts: list[int],
-        scales: list[float],
-        *factors: torch.Tensor,
-    ) -> torch.Tensor:
-        assert not weight.requires_grad, "a shared weight is frozen"
+    def forward(ctx: Any, x: torch.Tensor, product: Product, *factors: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        assert not product.weight.requires_grad, "a shared weight is frozen"
         flat = x.reshape(-1, x.shape[-1])
-        down, up = _joined_factors(factors, starts, scales, len(weight), x.dtype)
-        inner = flat @ down.T
-        out = functional.linear(flat, weight, bias).addmm_(inner, up.T)
-        ctx.save_for_backward(flat, inner, weight, down, up)
-        ctx.shape, ctx.starts, ctx.scales = x.shape, starts, scales
-        ctx.sizes = [(len(factors[at]), len(factors[at + 1]), factors[at].dtype) for at in range(0, len(factors), 2)]
+        out, kept = product(flat, factors)
+        ctx.save_for_backward(flat, *kept)
+        ctx.product, ctx.shape = product, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        flat, inner, weight, down, up = ctx.saved_tensors
-        given = given.reshape(-1, given.shape[-1])
-        to_inner = given @ up
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = (given @ weight).addmm_(to_inner, down).view(ctx.shape)
-        to_factors: list[torch.Tensor | None] = []
-        if any(ctx.needs_input_grad[5:]):
-            to_down, to_up = to_inner.T @ flat, given.T @ inner
-            row = 0
-            for (rank, out, dtype), start, scale in zip(ctx.sizes, ctx.starts, ctx.scales, strict=True):
-                to_factors.append(to_down[row : row + rank].to(dtype))
-                to_factors.append(to_up[start : start + out, row : row + rank].to(dtype) * scale)
-                row += rank
-        else:
-            to_factors = [None] * (2 * len(ctx.sizes))
-        return to_x, None, None, None, None, *to_factors
+        flat, *kept = ctx.saved_tensors
+        to_x, to_factors = ctx.product.backward(
+            given.reshape(-1, given.shape[-1]),
+            flat,
+            kept,
+            to_x=ctx.needs_input_grad[0],
+            to_factors=any(ctx.needs_input_grad[2:]),
+        )
+        return None if to_x is None else to_x.view(ctx.shape), None, *to_factors

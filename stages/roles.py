@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from baton import decoder_blocks
 from baton.adapter_roles import attach, attach_new, save_adapter
 from baton.adapters import SCORE_KEY, lora_config_from, read_adapter, split_head
 from baton.attention import choose_attention
@@ -275,10 +276,12 @@ class Roles(nn.Module):
 
     def _hidden(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         """The last hidden states (B, L, H)."""
+        decoder = getattr(model, model.base_model_prefix)
+        if model is self.shared and decoder_blocks.can_compute(decoder, batch.input_ids):
+            return decoder_blocks.hidden_states(decoder, batch.input_ids, self._acting.role)
         before = model.config._attn_implementation
         if self._on_cpu:
             choose_attention(model, batch.input_ids.shape[1])
-        decoder = getattr(model, model.base_model_prefix)
         try:
             return decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
         finally:
