@@ -2,8 +2,8 @@
 
 For layers of Llama's kind: RMSNorm, rotary positions, grouped causal attention, SwiGLU, residual sums. Autograd of
 transformers' own layers keeps some thirty tensors a layer, most of them float32 or copies in another order, and makes a
-pass through memory for each; here a layer keeps its two inputs, query, key, value, the attention's weights and outputs,
-and gate and up. What follows from these by one cheap operation is computed again in the backward pass.
+pass through memory for each; here a layer keeps what its gradients read: the inputs and norms of both halves, query,
+key, value, the attention's weights and output, gate and up before and after they meet.
 
 B rows, L tokens, N = B L, H hidden size, h query heads, k key heads, d head size, I inner size of the MLP.
 """
@@ -74,10 +74,10 @@ class _Part:
     split: int  # so many of the factors are the first product's
 
     def begin(self, flat: torch.Tensor, factors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """x (N, H) -> the first product of its norm, and [1/rms, …what the product keeps]."""
+        """x (N, H) -> the first product of its norm, and [1/rms, the norm and what the product keeps]."""
         normed, inverse = rms_norm(flat, self.norm, self.eps)
         out, kept = self.first(normed, factors[: self.split])
-        return out, [inverse, *kept]
+        return out, [inverse, *((normed, *kept) if kept else ())]
 
     def end(
         self, flat: torch.Tensor, inner: torch.Tensor, factors: tuple[torch.Tensor, ...]
@@ -96,8 +96,8 @@ class _Part:
         needs: tuple[bool, bool],
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """From the gradients of the part's output and of the first product's: those of x and of the first factors."""
-        normed = _rms_norm_again(flat, inverse, self.norm) if kept else flat
-        to_normed, to_factors = self.first.backward(grown, normed, kept, to_x=needs[0], to_factors=needs[1])
+        normed, *rest = kept or (flat,)
+        to_normed, to_factors = self.first.backward(grown, normed, rest, to_x=needs[0], to_factors=needs[1])
         if to_normed is None:
             return None, to_factors
         return rms_norm_backward(to_normed, flat, inverse, self.norm, given), to_factors
@@ -119,19 +119,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     for piece in _pieces(*x.shape):
         wide = x[piece].to(torch.float32, copy=True)
         inverse[piece] = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        _scale(wide, inverse[piece], weight, out[piece])
+        out[piece].copy_(wide.mul_(inverse[piece])).mul_(weight)
     return out, inverse
-
-
-def _scale(wide: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(wide.mul_(inverse)).mul_(weight)
-
-
-def _rms_norm_again(x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(x)
-    for piece in _pieces(*x.shape):
-        _scale(x[piece].to(torch.float32, copy=True), inverse[piece], weight, out[piece])
-    return out
 
 
 def rms_norm_backward(
@@ -162,20 +151,20 @@ class _Mlp(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         both, kept = part.begin(flat, factors)
         gate, up = both.chunk(2, -1)
-        out, more = part.end(flat, functional.silu(gate).mul_(up), factors)
-        ctx.save_for_backward(flat, both, *kept, *more)
+        acted = functional.silu(gate)
+        inner = acted * up
+        out, more = part.end(flat, inner, factors)
+        ctx.save_for_backward(flat, both, acted, inner, *kept, *more)
         ctx.part, ctx.shape, ctx.kept = part, x.shape, len(kept)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        flat, both, inverse, *kept = ctx.saved_tensors
+        flat, both, acted, inner, inverse, *kept = ctx.saved_tensors
         part, wants = ctx.part, any(ctx.needs_input_grad[2:])
         kept, more = kept[: ctx.kept - 1], kept[ctx.kept - 1 :]
         given = given.reshape(flat.shape)
         gate, up = both.chunk(2, -1)
-        acted = functional.silu(gate)
-        inner = acted * up if more else acted
         to_inner, to_late = part.second.backward(given, inner, more, to_x=True, to_factors=wants)
         assert to_inner is not None
         to_both = torch.empty_like(both)

@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--tokens-per-micro-batch", type=int, default=1280)
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=1536)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", action="store_true")
