@@ -23,13 +23,12 @@ from baton.thin_linear import MOST_ROWS
 
 def can_compute(model: Any, rows: int) -> bool:
     """Whether `next_logits` computes what the model's forward pass would: joined layers, a plain head, bfloat16."""
-    decoder = getattr(model, model.base_model_prefix, None)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or rows > MOST_ROWS or torch.is_autocast_enabled("cpu"):
         return False
-    if head.weight.dtype is not torch.bfloat16 or head.weight.device.type != "cpu" or model.config.hidden_act != "silu":
+    if head.weight.dtype is not torch.bfloat16 or head.weight.device.type != "cpu":
         return False
-    return all(is_joined(layer) for layer in decoder.layers)
+    return is_joined(getattr(model, model.base_model_prefix))
 
 
 def next_logits(model: Any, tokens: torch.Tensor, depths: torch.Tensor, slots: SlotCache) -> torch.Tensor:
@@ -53,7 +52,7 @@ class _Input:
     def __init__(self, norm: Any, hidden: torch.Tensor, rank: int) -> None:
         size, rows = hidden.shape
         self.filled = hidden.new_empty(size + rank, rows)
-        wide = hidden.float()
+        wide = hidden.to(torch.float32, copy=True)
         wide.mul_(wide.square().mean(0, keepdim=True).add_(norm.variance_epsilon).rsqrt_())
         self.filled[:size].copy_(wide).mul_(norm.weight[:, None])
 

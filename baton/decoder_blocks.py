@@ -22,26 +22,28 @@ from baton.lora import Product, SharedLinear
 
 PIECE = 1 << 18
 """Elements of a piece of rows whose float32 stays in a core's cache through several operations."""
-LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
-"""Classes whose forward pass is what this module computes."""
+ARCHITECTURES = {"llama", "mistral", "qwen2"}
+"""Model types whose layers are what this module computes."""
 
 
 def can_compute(decoder: Any, input_ids: torch.Tensor) -> bool:
     """Whether `hidden_states` computes what the decoder itself would: its layers joined, rows short, on a CPU."""
-    config = decoder.config
     if input_ids.device.type != "cpu" or input_ids.shape[1] > SHORT or torch.is_autocast_enabled("cpu"):
         return False
-    if config.hidden_act != "silu" or decoder.training:
-        return False
-    window = getattr(config, "sliding_window", None)
-    if window and window < input_ids.shape[1]:
-        return False
-    return all(is_joined(layer) for layer in decoder.layers)
+    window = getattr(decoder.config, "sliding_window", None)
+    return not (window and window < input_ids.shape[1]) and is_joined(decoder)
 
 
-def is_joined(layer: Any) -> bool:
-    """Whether a decoder layer is of Llama's kind, with its families joined and its norms frozen."""
-    if type(layer).__name__ not in LAYERS or layer._forward_hooks or layer._forward_pre_hooks:
+def is_joined(decoder: Any) -> bool:
+    """Whether a decoder is of Llama's kind, with the families of all layers joined and its norms frozen."""
+    config = decoder.config
+    if config.model_type not in ARCHITECTURES or config.hidden_act != "silu" or decoder.training:
+        return False
+    return all(_is_joined(layer) for layer in decoder.layers)
+
+
+def _is_joined(layer: Any) -> bool:
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj]

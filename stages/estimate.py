@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from baton.recipe import PPORecipe
 
@@ -25,6 +25,8 @@ GAPS_ON_CPU, GAPS_ON_GPU = 0.7, 0.1
 """What the allocator wastes, as a share of the activations. glibc's heap seldom puts a tensor where a freed one was:
 of a small Llama's update it held 1.3 (bfloat16) to 1.7 (float32) times what was alive; with every large tensor mapped
 by itself (MALLOC_MMAP_THRESHOLD_=262144) 1.0 times, at about a third more time for page faults."""
+Way = Literal["fused", "eager", "blocks"]
+"""How layers are computed: transformers' with fused or plain attention, or baton.decoder_blocks."""
 LIBRARIES_BYTES = 600_000_000
 """Resident in any process that has imported torch and transformers; on a GPU the context, about as much."""
 
@@ -125,7 +127,7 @@ class Shape:
             int(config.vocab_size),
         )
 
-    def layer_bytes_per_token(self, longest: int, rank: int | None, half: bool, eager: bool) -> float:
+    def layer_bytes_per_token(self, longest: int, rank: int | None, half: bool, way: Way) -> float:
         """What autograd keeps of one layer for one token, in bytes; `rank` is LoRA's, None if every weight is trained.
 
         In numbers, with H hidden, I intermediate, Q = heads × head_dim, K = kv_heads × head_dim, r LoRA's rank, L the
@@ -143,7 +145,8 @@ class Shape:
         ======================  =======  ======================================================================
 
         A frozen linear layer keeps no input; rotary embeddings and residual sums keep nothing. The model computes in
-        bfloat16 (`half`) or in float32.
+        bfloat16 (`half`) or in float32. baton.decoder_blocks (`blocks`) keeps 4H, 2Q + 2K + heads L, 4I and 7r in that
+        format, and two root mean squares.
 
         If every weight is trained, in float32 under autocast if `half`, the norms keep their normalised input too (2H)
         and there is no 7r; the linear layers' inputs are the adapters' above, but autocast narrows those of q, k, v,
@@ -151,10 +154,13 @@ class Shape:
         """
         full, width = rank is None, HALF if half else FLOAT
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if way == "blocks":
+            attention = 2 * query + 2 * key + self.heads * longest
+            return 2 * FLOAT + width * (4 * self.hidden_size + attention + 4 * self.intermediate_size + 7 * (rank or 0))
         wide = (4 if full else 2) * self.hidden_size + 2
         inputs = (5 if full and half else 2) * self.hidden_size
         other = inputs + 4 * self.intermediate_size + 7 * (rank or 0)
-        if eager:
+        if way == "eager":
             softmax = self.heads * longest
             return FLOAT * (wide + softmax) + width * (other + 4 * query) + (HALF * softmax if half else 0)
         return FLOAT * (wide + self.heads) + width * (other + 2 * query + 2 * key)
@@ -230,6 +236,7 @@ def estimate_memory(
     rollout_rows: int,
     prefill_tokens: int,
     on_cpu: bool,
+    joined: bool = False,
     shards: int = 1,
     available: int | None = None,
 ) -> MemoryEstimate:
@@ -238,16 +245,16 @@ def estimate_memory(
     `graphs`: forwards whose activations live together, 2 where policy and critic run apart before one backward.
     `rank`: LoRA's, None if every weight is trained. `micro_batch_tokens`: real tokens; rows are grouped by length, so
     padding adds little. `logits_rows`: positions whose logits exist at a time. `prefill_tokens`: prompt tokens that
-    are read at a time in the rollout. `on_cpu`: whose allocator leaves its gaps. `shards`: processes that share weights
-    and moments (FSDP, ZeRO-3).
+    are read at a time in the rollout. `on_cpu`: whose allocator leaves its gaps. `joined`: whether layers can be
+    computed by baton.decoder_blocks. `shards`: processes that share weights and moments (FSDP, ZeRO-3).
     """
     from baton.attention import SHORT
 
     width = HALF if half else FLOAT
     trained = sum(part.trained for part in weights)
     tokens = max(micro_batch_tokens, longest_tokens)
-    eager = on_cpu and longest_tokens < SHORT
-    layer = tokens * shape.layer_bytes_per_token(longest_tokens, rank, half, eager)
+    way: Way = "fused" if not on_cpu or longest_tokens > SHORT else "blocks" if joined and rank else "eager"
+    layer = tokens * shape.layer_bytes_per_token(longest_tokens, rank, half, way)
     # the backward has a bfloat16 copy of every trained weight; the layer in work holds its gradients too
     activations = graphs * shape.layers * layer + layer + (HALF * trained if half else 0)
     keys_values = rollout_rows * longest_tokens * shape.layers * 2 * shape.kv_heads * shape.head_dim * width

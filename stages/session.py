@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from baton import decoder_blocks
 from baton.adapters import member_folders
 from baton.decode import PREFILL_TOKENS
 from baton.errors import UserError
@@ -232,6 +233,7 @@ class Session:
             prefill_tokens=min(PREFILL_TOKENS, min(rollout.rows, share) * rollout.max_prompt_tokens),
             shards=self.spread.shards,
             on_cpu=self.spread.device.type == "cpu",
+            joined=roles.shared.config.model_type in decoder_blocks.ARCHITECTURES,
             available=available_bytes(self.spread.device, self.spread.world),
         )
         return "\n".join([*lines, estimate.text()])

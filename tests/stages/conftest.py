@@ -116,10 +116,13 @@ def make_roles(role_folders: RoleFolders) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def roles(make_roles: Callable[..., Any]) -> Any:
-    """All roles as adapters; a test may train them."""
-    return make_roles()
+@pytest.fixture(params=["layers", "blocks"])
+def roles(make_roles: Callable[..., Any], request: pytest.FixtureRequest) -> Any:
+    """All roles as adapters, by transformers' layers or, joined, by our own functions; a test may train them."""
+    roles = make_roles()
+    if request.param == "blocks":
+        roles.join()
+    return roles
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton import decoder_blocks
 from baton.recipe import Lora, PPORecipe
 from stages.estimate import GB, BatchPlan, MemoryEstimate, Shape, Weights, available_bytes, estimate_memory
 
@@ -67,37 +68,41 @@ def kept_by_autograd(model: Any, autocast: bool, rows: int, longest: int) -> int
     ids = torch.arange(rows * longest).view(rows, longest) % 50
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        if decoder_blocks.is_joined(model.model):
+            hidden = decoder_blocks.hidden_states(model.model, ids, "policy")
+        else:
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     assert hidden.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(("way", "rank"), [("fused", 8), ("eager", 8), ("blocks", 8), ("fused", None), ("eager", None)])
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("rank", [8, None])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "hidden", "inner", "longest"), [(4, 2, 128, 384, 64), (9, 3, 144, 160, 32)]
 )
 def test_activations_are_what_autograd_keeps(
-    heads: int, kv_heads: int, hidden: int, inner: int, longest: int, rank: int | None, half: bool, eager: bool
+    heads: int, kv_heads: int, hidden: int, inner: int, longest: int, rank: int | None, half: bool, way: Any
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from baton.adapter_roles import attach_new
-    from baton.lora import Acting
+    from baton.lora import Acting, join_families
 
     config = LlamaConfig(hidden_size=hidden, num_hidden_layers=3, num_attention_heads=heads,
                          num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=50)  # fmt: skip
-    config._attn_implementation = "eager" if eager else "sdpa"
+    config._attn_implementation = "eager" if way == "eager" else "sdpa"
     model: Any = LlamaForCausalLM(config).to(torch.bfloat16 if half and rank else torch.float32)
     if rank:
         acting = Acting()
         model.requires_grad_(False)
         attach_new(model, "policy", Lora(r=rank), acting, seed=0)
         acting.role = "policy"
+    if way == "blocks":
+        join_families(model)
     layers = [p for name, p in model.named_parameters() if p.requires_grad and ".layers." in name and p.ndim == 2]
     shape = Shape.of(config)
-    estimated = 4 * longest * shape.layers * shape.layer_bytes_per_token(longest, rank, half, eager)
+    estimated = 4 * longest * shape.layers * shape.layer_bytes_per_token(longest, rank, half, way)
     estimated += 2 * sum(p.numel() for p in layers) * half
     measured = kept_by_autograd(model.eval(), half and not rank, rows=4, longest=longest)
     assert estimated == pytest.approx(measured, rel=0.1)
@@ -142,6 +147,8 @@ def test_settings_move_their_parts() -> None:
     assert dict(estimated(shards=2).update)["gradients"] == 60_000
     # fused attention on a GPU, and from 512 tokens on: 2Q + 2K + heads, so 300 + 4 in place of 400 + 160
     gpu = estimated(on_cpu=False)
+    assert estimated(joined=True).total < estimated().total
+    assert estimated(joined=True, rank=None).update == estimated(rank=None).update
     assert base.update[1][1] - gpu.update[1][1] == 5 * 64 * 4 * 256
     assert gpu.update[2][1] == pytest.approx(0.1 * gpu.update[1][1], abs=1)
     assert estimated(half=True).rollout[0][1] * 2 == base.rollout[0][1]
