@@ -65,6 +65,20 @@ def gradients(model: Any, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(wanted, found, strict=True))
 
 
+def assert_same(model: Any) -> torch.Tensor:
+    """The real tokens' states and the additions' gradients are those of transformers' layers; returns the states."""
+    theirs = model.model(input_ids=ROWS, use_cache=False).last_hidden_state
+    ours = decoder_blocks.hidden_states(model.model, ROWS, "x")
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(ours[row, :length], theirs[row, :length], rtol=0, atol=1e-11)
+    expected = gradients(model, theirs)
+    found = gradients(model, ours)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    for name, gradient in expected.items():  # both take the norms' gradients in float32
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=3e-7 * float(gradient.norm()))
+    return ours
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]])
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
 @pytest.mark.parametrize("by_blocks", [False, True])
@@ -77,17 +91,41 @@ def test_as_the_layers_of_transformers(
     monkeypatch.setattr(decoder_blocks, "PIECE", 48 * 17)  # 17 of the 21 rows
     model = joined(kind, targets=targets)
     assert decoder_blocks.can_compute(model.model, ROWS)
-    theirs = model.model(input_ids=ROWS, use_cache=False).last_hidden_state
-    ours = decoder_blocks.hidden_states(model.model, ROWS, "x")
-    for row, length in enumerate(LENGTHS):
-        torch.testing.assert_close(ours[row, :length], theirs[row, :length], rtol=0, atol=1e-11)
-    expected = gradients(model, theirs)
-    found = gradients(model, ours)
-    assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    for name, gradient in expected.items():  # both take the norms' gradients in float32
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=3e-7 * float(gradient.norm()))
+    ours = assert_same(model)
     with torch.no_grad():
         assert torch.equal(decoder_blocks.hidden_states(model.model, ROWS, "x"), ours)
+
+
+SCALED_POSITIONS: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 4,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"head_dim": 16}]  # not the hidden size over the heads
+    + [
+        {"max_position_embeddings": 4, "rope_parameters": {"rope_theta": 10000.0, **scaled}}
+        for scaled in SCALED_POSITIONS
+    ],
+)
+def test_positions_and_heads_of_other_kinds(changes: dict[str, Any]) -> None:
+    """Scaled rotations come from transformers' own table, whose cosines yarn multiplies by a factor."""
+    model = joined("Llama", **changes)
+    assert decoder_blocks.can_compute(model.model, ROWS)
+    assert_same(model)
+
+
+def test_windows_of_some_layers_are_not_computed() -> None:
+    window: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    assert not decoder_blocks.can_compute(joined("Qwen2", **window).model, ROWS)
+    assert decoder_blocks.can_compute(joined("Qwen2", **window | {"sliding_window": 7}).model, ROWS)
 
 
 def test_the_base_alone() -> None:
