@@ -5,14 +5,18 @@ transformers' own layers keeps some thirty tensors a layer, most of them float32
 pass through memory for each; here a layer keeps what its gradients read: the inputs and norms of both halves, query,
 key, value, the attention's weights and output, gate and up before and after they meet.
 
-B rows, L tokens, N = B L, H hidden size, h query heads, k key heads, d head size, I inner size of the MLP.
+Padding is left out: products and norms see the N real tokens of all rows, one after the other, and attention sees
+blocks of rows that are nearly of one length.
+
+B rows, L tokens, H hidden size, h query heads, k key heads, d head size, I inner size of the MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -22,6 +26,8 @@ from baton.lora import Product, SharedLinear
 
 PIECE = 1 << 18
 """Elements of a piece of rows whose float32 stays in a core's cache through several operations."""
+SPLIT = 48_000_000
+"""A block more takes as long as this many weights of a layer times tokens: less padding than that is left in."""
 ARCHITECTURES = {"llama", "mistral", "qwen2"}
 """Model types whose layers are what this module computes."""
 
@@ -54,15 +60,61 @@ def _is_joined(layer: Any) -> bool:
     return plain and len(attention.q_proj.family.members) == 3 and len(mlp.gate_proj.family.members) == 2
 
 
-def hidden_states(decoder: Any, input_ids: torch.Tensor, role: str | None) -> torch.Tensor:
-    """The decoder's last hidden states (B, L, H) for right-padded rows of token ids (B, L), as `role` sees them."""
-    hidden = decoder.embed_tokens(input_ids)
+def hidden_states(
+    decoder: Any, input_ids: torch.Tensor, role: str | None, lengths: Sequence[int] | None = None
+) -> torch.Tensor:
+    """The decoder's last hidden states (B, L, H) for right-padded rows of token ids (B, L), as `role` sees them.
+
+    `lengths` are the rows' real tokens; the states of padding are then zero, or those of whatever stands there.
+    """
+    lengths = [input_ids.shape[1]] * len(input_ids) if lengths is None else lengths
+    blocks = _blocks(lengths, SPLIT // _weights(decoder.layers[0]))
+    hidden = decoder.embed_tokens(torch.cat([input_ids[block.rows, : block.length].reshape(-1) for block in blocks]))
     places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     cos, sin = decoder.rotary_emb(hidden, position_ids=places)
     assert len(cos) == 1, "one row of positions for all"
     for layer in decoder.layers:
-        hidden = _mlp(layer, _attention(layer, hidden, cos[0], sin[0], role), role)
-    return decoder.norm(hidden)  # type: ignore[no-any-return]
+        hidden = _mlp(layer, _attention(layer, hidden, blocks, cos[0], sin[0], role), role)
+    return _padded(decoder.norm(hidden), blocks, input_ids.shape[1])
+
+
+class _Block(NamedTuple):
+    """Rows b of a batch that follow one another, as if all had l tokens, and where their b l tokens lie among all."""
+
+    rows: slice
+    length: int
+    tokens: slice
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """A view (b, l, W) of its part of (N, W)."""
+        return flat[self.tokens].view(-1, self.length, flat.shape[-1])
+
+
+def _blocks(lengths: Sequence[int], spare: int) -> list[_Block]:
+    """Blocks with at most `spare` tokens of padding each."""
+    found: list[_Block] = []
+    first = at = 0
+    for row in range(1, len(lengths) + 1):
+        longest = max(lengths[first:row])
+        if row < len(lengths):
+            grown = max(longest, lengths[row])
+            if grown * (row + 1 - first) - sum(lengths[first : row + 1]) <= spare:
+                continue
+        size = longest * (row - first)
+        found.append(_Block(slice(first, row), longest, slice(at, at + size)))
+        first, at = row, at + size
+    return found
+
+
+def _weights(layer: Any) -> int:
+    """The number of weights in a layer's matrices."""
+    return sum(module.base.weight.numel() for module in layer.modules() if isinstance(module, SharedLinear))  # type: ignore[operator,union-attr,misc]
+
+
+def _padded(flat: torch.Tensor, blocks: Sequence[_Block], length: int) -> torch.Tensor:
+    """(N, H) as (B, L, H), zero where a block has nothing."""
+    parts = [functional.pad(block.of(flat), (0, 0, 0, length - block.length)) for block in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass
@@ -150,22 +202,20 @@ class _Mlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, part: _Part, *factors: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        flat = x.reshape(-1, x.shape[-1])
-        both, kept = part.begin(flat, factors)
+        both, kept = part.begin(x, factors)
         gate, up = both.chunk(2, -1)
         acted = functional.silu(gate)
         inner = acted * up
-        out, more = part.end(flat, inner, factors)
-        ctx.save_for_backward(flat, both, acted, inner, *kept, *more)
-        ctx.part, ctx.shape, ctx.kept = part, x.shape, len(kept)
-        return out.view(x.shape)
+        out, more = part.end(x, inner, factors)
+        ctx.save_for_backward(x, both, acted, inner, *kept, *more)
+        ctx.part, ctx.kept = part, len(kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        flat, both, acted, inner, inverse, *kept = ctx.saved_tensors
+        x, both, acted, inner, inverse, *kept = ctx.saved_tensors
         part, wants = ctx.part, any(ctx.needs_input_grad[2:])
         kept, more = kept[: ctx.kept - 1], kept[ctx.kept - 1 :]
-        given = given.reshape(flat.shape)
         gate, up = both.chunk(2, -1)
         to_inner, to_late = part.second.backward(given, inner, more, to_x=True, to_factors=wants)
         assert to_inner is not None
@@ -173,19 +223,40 @@ class _Mlp(torch.autograd.Function):
         to_gate, to_up = to_both.chunk(2, -1)
         torch.mul(to_inner, acted, out=to_up)
         torch.ops.aten.silu_backward.grad_input(to_inner.mul_(up), gate, grad_input=to_gate)
-        to_x, to_early = part.begin_backward(given, to_both, flat, inverse, kept, (ctx.needs_input_grad[0], wants))
-        return None if to_x is None else to_x.view(ctx.shape), None, *to_early, *to_late
+        to_x, to_early = part.begin_backward(given, to_both, x, inverse, kept, (ctx.needs_input_grad[0], wants))
+        return to_x, None, *to_early, *to_late
 
 
 def _attention(
-    layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, role: str | None
+    layer: Any, hidden: torch.Tensor, blocks: list[_Block], cos: torch.Tensor, sin: torch.Tensor, role: str | None
 ) -> torch.Tensor:
     norm, attention = layer.input_layernorm, layer.self_attn
     first, early = attention.q_proj.family.product(role)
     second, late = attention.o_proj.family.product(role)
     part = _Part(norm.weight, norm.variance_epsilon, first, second, len(early))
     heads = tuple(linear.size // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
-    return _Attend.apply(hidden, part, heads, attention.scaling, cos, sin, *early, *late)  # type: ignore[no-any-return,no-untyped-call]
+    places = _Places(blocks, heads, cos, sin, attention.scaling)
+    return _Attend.apply(hidden, part, places, *early, *late)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Places(NamedTuple):
+    """What attention needs to know beside its input; cos and sin (L, d) have no gradients."""
+
+    blocks: list[_Block]
+    heads: tuple[int, int]  # h, k
+    cos: torch.Tensor
+    sin: torch.Tensor
+    scale: float
+
+    def by_head(self, joined: torch.Tensor, block: _Block) -> tuple[torch.Tensor, ...]:
+        """The block's part of (N, (h + 2k) d), as views: query (b, h, l, d), key and value (b, k, l, d)."""
+        queries, keys = self.heads
+        split = block.of(joined).unflatten(-1, (queries + 2 * keys, -1)).transpose(1, 2)
+        return split.split([queries, keys, keys], 1)
+
+    def found(self, inner: torch.Tensor, block: _Block) -> torch.Tensor:
+        """The block's part of the output (N, h d), a view (b, h, l, d)."""
+        return block.of(inner).unflatten(-1, (self.heads[0], -1)).transpose(1, 2)
 
 
 class _Attend(torch.autograd.Function):
@@ -193,57 +264,42 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: torch.Tensor,
-        part: _Part,
-        heads: tuple[int, int],
-        scale: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        *factors: torch.Tensor,
+        ctx: Any, x: torch.Tensor, part: _Part, places: _Places, *factors: torch.Tensor
     ) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        joined, kept = part.begin(flat, factors)
-        query, key, value = _by_head(joined, x.shape, heads)
-        query, key, value = rotated(query, cos, sin), rotated(key, cos, sin), value.contiguous()
-        found, weights = attend(query, key, value, scale)
-        inner = found.transpose(1, 2).reshape(len(flat), -1)
-        out, more = part.end(flat, inner, factors)
-        ctx.save_for_backward(flat, cos, sin, query, key, value, inner, *weights, *kept, *more)
-        ctx.part, ctx.shape, ctx.scale = part, x.shape, scale
-        ctx.counts = len(weights), len(weights) + len(kept)
-        return out.view(x.shape)
+        joined, kept = part.begin(x, factors)
+        inner = x.new_empty(len(x), joined.shape[1] * places.heads[0] // (places.heads[0] + 2 * places.heads[1]))
+        met: list[list[torch.Tensor]] = []
+        for block in places.blocks:
+            cos, sin = places.cos[: block.length], places.sin[: block.length]
+            query, key, value = places.by_head(joined, block)
+            query, key, value = rotated(query, cos, sin), rotated(key, cos, sin), value.contiguous()
+            found, weights = attend(query, key, value, places.scale)
+            places.found(inner, block).copy_(found)
+            met.append([query, key, value, *weights])
+        out, more = part.end(x, inner, factors)
+        parts = [kept, more, *met]
+        ctx.save_for_backward(x, inner, *(tensor for tensors in parts for tensor in tensors))
+        ctx.part, ctx.places, ctx.counts = part, places, [len(tensors) for tensors in parts]
+        return out
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        flat, cos, sin, query, key, value, inner, *rest = ctx.saved_tensors
-        weights, (inverse, *kept), more = (
-            rest[: ctx.counts[0]],
-            rest[ctx.counts[0] : ctx.counts[1]],
-            rest[ctx.counts[1] :],
-        )
-        part, wants = ctx.part, any(ctx.needs_input_grad[6:])
-        given = given.reshape(flat.shape)
+        x, inner, *saved = ctx.saved_tensors
+        rest = iter(saved)
+        (inverse, *kept), more, *met = (list(islice(rest, count)) for count in ctx.counts)
+        part, places, wants = ctx.part, ctx.places, any(ctx.needs_input_grad[3:])
         to_inner, to_late = part.second.backward(given, inner, more, to_x=True, to_factors=wants)
         assert to_inner is not None
-        batch, length = ctx.shape[:2]
-        to_found = to_inner.view(batch, length, query.shape[1], -1).transpose(1, 2)
-        to_query, to_key, to_value = attend_backward(to_found, query, key, value, weights, ctx.scale)
-        to_joined = flat.new_empty(len(flat), to_inner.shape[1] + 2 * key.shape[1] * key.shape[3])
-        places = _by_head(to_joined, ctx.shape, (query.shape[1], key.shape[1]))
-        rotated(to_query, cos, -sin, out=places[0])
-        rotated(to_key, cos, -sin, out=places[1])
-        places[2].copy_(to_value)
-        to_x, to_early = part.begin_backward(given, to_joined, flat, inverse, kept, (ctx.needs_input_grad[0], wants))
-        to_x = None if to_x is None else to_x.view(ctx.shape)
-        return to_x, None, None, None, None, None, *to_early, *to_late
-
-
-def _by_head(joined: torch.Tensor, shape: torch.Size, heads: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Views of (N, (h + 2 k) d) as query (B, h, L, d), key and value (B, k, L, d)."""
-    queries, keys = heads
-    split = joined.view(*shape[:2], queries + 2 * keys, -1).transpose(1, 2)
-    return split.split([queries, keys, keys], 1)
+        to_joined = x.new_empty(len(x), len(part.first.weight))
+        for block, (query, key, value, *weights) in zip(places.blocks, met, strict=True):
+            cos, minus_sin = places.cos[: block.length], -places.sin[: block.length]
+            grown = attend_backward(places.found(to_inner, block), query, key, value, weights, places.scale)
+            to_query, to_key, to_value = places.by_head(to_joined, block)
+            rotated(grown[0], cos, minus_sin, out=to_query)
+            rotated(grown[1], cos, minus_sin, out=to_key)
+            to_value.copy_(grown[2])
+        to_x, to_early = part.begin_backward(given, to_joined, x, inverse, kept, (ctx.needs_input_grad[0], wants))
+        return to_x, None, None, *to_early, *to_late
 
 
 def rotated(

@@ -278,7 +278,8 @@ class Roles(nn.Module):
         """The last hidden states (B, L, H)."""
         decoder = getattr(model, model.base_model_prefix)
         if model is self.shared and decoder_blocks.can_compute(decoder, batch.input_ids):
-            return decoder_blocks.hidden_states(decoder, batch.input_ids, self._acting.role)
+            lengths = (batch.last + 1).tolist()
+            return decoder_blocks.hidden_states(decoder, batch.input_ids, self._acting.role, lengths)
         before = model.config._attn_implementation
         if self._on_cpu:
             choose_attention(model, batch.input_ids.shape[1])
