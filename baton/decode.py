@@ -161,7 +161,7 @@ def _decode_in_slots(run: _Decoding, order: list[int], max_rows: int) -> None:
     dtype = torch.get_autocast_dtype(run.device.type) if autocast else run.dtype
     slots = SlotCache(run.config.get_text_config(decoder=True).num_hidden_layers, max_rows, dtype, run.device)
     waiting, share = list(order), max(1, max_rows // JOIN_SHARE)
-    turned = run.call is run.model and decode_step.can_compute(run.model, max_rows)
+    step = decode_step.Step(run.model) if run.call is run.model and decode_step.can_compute(run.model) else None
     # of each row in the making: its prompt, the position of the next token in its reply, and the token that is read
     rows = positions = tokens = depths = torch.zeros(0, dtype=torch.long, device=run.device)
     while waiting or len(rows):
@@ -174,8 +174,8 @@ def _decode_in_slots(run: _Decoding, order: list[int], max_rows: int) -> None:
             columns = torch.tensor(lasts, device=run.device).unbind(1)
             known = (rows, positions, tokens, depths)
             rows, positions, tokens, depths = (torch.cat(pair) for pair in zip(known, columns, strict=True))
-        if turned:
-            logits = decode_step.next_logits(run.model, tokens, depths, slots)
+        if step is not None:
+            logits = step(tokens, depths, slots)
         else:
             logits = run.call(
                 input_ids=tokens[:, None],

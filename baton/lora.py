@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from baton.thin_linear import linear
+from baton.thin_linear import Packed
 
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one parent that are given the same input, by the names that decoders use."""
@@ -37,8 +37,12 @@ class Addition(nn.Module):
 class Held(NamedTuple):
     """A role's weights for decoding, which asks for them at every token."""
 
-    down: torch.Tensor  # (R, in)
-    widened: torch.Tensor  # (out, in + R): the base's weight, and the additions' up factors
+    down: Packed | None  # (R, in); None where the role has no addition
+    widened: Packed  # (out, in + R): the base's weight, and the additions' up factors
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the family makes of x (…, in): (…, out)."""
+        return self.widened(x if self.down is None else torch.cat([x, self.down(x)], dim=-1), bias)
 
 
 class Family:
@@ -46,7 +50,7 @@ class Family:
 
     def __init__(self, members: Sequence[SharedLinear]) -> None:
         self.members = list(members)
-        self.held: dict[str, Held] = {}
+        self.held: dict[str | None, Held] = {}
         self._given: torch.Tensor | None = None
         self._role: str | None = None
         self._ready: dict[int, torch.Tensor] = {}
@@ -88,12 +92,11 @@ class Family:
         return found
 
     def _compute(self, x: torch.Tensor, role: str | None) -> torch.Tensor:
+        if role in self.held and not torch.is_grad_enabled():
+            return self.held[role](x, self.base()[1])
         product, factors = self.product(role)
         if not factors:
             return functional.linear(x, product.weight, product.bias)
-        if role in self.held and not torch.is_grad_enabled():
-            held = self.held[role]
-            return linear(torch.cat([x, linear(x, held.down)], dim=-1), held.widened, product.bias)
         return _Shared.apply(x, product, *factors)  # type: ignore[no-any-return,no-untyped-call]
 
     def product(self, role: str | None) -> tuple[Product, list[torch.Tensor]]:
@@ -114,18 +117,19 @@ class Family:
             at += member.size
         return starts, found
 
-    def hold(self, role: str) -> None:
-        """Keep the role's weights as decoding wants them, until `release`."""
+    def hold(self, role: str | None) -> None:
+        """Keep the role's weights as decoding wants them, a copy, until `release`."""
         starts, additions = self.additions(role)
-        if not additions:
-            return
         weight, _ = self.base()
+        if not additions:
+            self.held[role] = Held(None, Packed(weight))
+            return
         factors = [factor.detach() for factor in _factors(additions)]
         scales = [addition.scale for addition in additions]
         down, up = _joined_factors(factors, starts, scales, len(weight), weight.dtype)
-        self.held[role] = Held(down, torch.cat([weight, up], dim=1))
+        self.held[role] = Held(Packed(down), Packed(torch.cat([weight, up], dim=1)))
 
-    def release(self, role: str) -> None:
+    def release(self, role: str | None) -> None:
         """Forget what `hold` kept."""
         self.held.pop(role, None)
 

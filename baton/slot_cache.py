@@ -99,6 +99,11 @@ class SlotCache:
         self._mask[: len(self.starts), ..., self.clock] = 0
         return self._mask[: len(self.starts), ..., self.first : self.clock + 1]
 
+    @property
+    def whole_mask(self) -> torch.Tensor:
+        """The mask (rows, 1, 1, capacity) over all columns of the layers' tensors, after `step`."""
+        return self._mask[: len(self.starts)]
+
     def stepped(self) -> None:
         """The forward has written its column."""
         self.clock += 1

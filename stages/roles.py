@@ -170,9 +170,10 @@ class Roles(nn.Module):
     def sampling(self, role: str) -> Iterator[Any]:
         """`acting_as` for many small forward passes.
 
-        On a CPU the adapter is laid beside the base's weights, a copy of them, so that each layer is one product.
+        On a CPU the adapter is laid beside the base's weights, in a copy of them, so that each layer is one product.
         """
-        held = families(self.shared) if self._on_cpu else []
+        full = role == POLICY and self.cast.policy == "full"
+        held = families(self.shared) if self._on_cpu and not full else []
         for family in held:
             family.hold(role)
         try:

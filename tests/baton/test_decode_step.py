@@ -1,10 +1,9 @@
-"""A decoding step with everything turned against transformers' forward pass: logits, who joins and leaves, who may."""
+"""A decoding step by few operations against transformers' forward pass: logits, who joins and leaves, who may."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from baton import decode_step
 from baton.adapter_roles import attach_new
@@ -47,10 +46,11 @@ def test_logits_are_those_of_a_plain_forward(kind: str, role: str | None) -> Non
     told: list[list[int]] = [[3], [5], [12]]
     with torch.no_grad():
         for family in families(model):
-            family.hold("x")
+            family.hold(role)
+        read = decode_step.Step(model)
         for step in range(6):
             depths = torch.tensor([len(row) - 1 for row in told])
-            ours = decode_step.next_logits(model, torch.tensor([row[-1] for row in told]), depths, slots)
+            ours = read(torch.tensor([row[-1] for row in told]), depths, slots)
             slots.stepped()
             for row, logits in zip(told, ours, strict=True):
                 theirs = model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1]
@@ -67,13 +67,13 @@ def test_decoding_takes_it_and_says_the_same(monkeypatch: pytest.MonkeyPatch) ->
     acting.role = "x"
     model.lm_head.weight.data *= 8
     calls = []
-    plain = decode_step.next_logits
+    plain = decode_step.Step.__call__
 
-    def spied(*given: Any) -> torch.Tensor:
-        calls.append(len(given[1]))
-        return plain(*given)
+    def spied(step: Any, tokens: torch.Tensor, *given: Any) -> torch.Tensor:
+        calls.append(len(tokens))
+        return plain(step, tokens, *given)
 
-    monkeypatch.setattr(decode_step, "next_logits", spied)
+    monkeypatch.setattr(decode_step.Step, "__call__", spied)
     settings: dict[str, Any] = {"max_new_tokens": 6, "stop_ids": [], "pad_id": 0, "max_rows": 3}
     for family in families(model):
         family.hold("x")
@@ -85,12 +85,26 @@ def test_decoding_takes_it_and_says_the_same(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == taken
 
 
+def test_the_step_does_not_see_columns_to_come() -> None:
+    """It reads the cache's tensors whole: what a former row left in later columns must weigh nothing."""
+    model, acting = shared("Llama", torch.float32)
+    acting.role = "x"
+    slots = SlotCache(2, 2, torch.float32, torch.device("cpu"))
+    slots.add(None, [0, 0])
+    read = decode_step.Step(model)
+    with torch.no_grad():
+        first = read(torch.tensor([3, 5]), torch.zeros(2, dtype=torch.long), slots)
+        for layer in slots.cache.layers:
+            layer.keys[:, :, 1:], layer.values[:, :, 1:] = 3.0, 1e4
+        again = read(torch.tensor([3, 5]), torch.zeros(2, dtype=torch.long), slots)
+    assert torch.equal(first, again)
+
+
 def test_who_may() -> None:
     model, _ = shared("Llama")
-    assert decode_step.can_compute(model, 16)
-    assert not decode_step.can_compute(model, 1000), "with many rows the plain order is as fast"
-    assert not decode_step.can_compute(shared("Llama", torch.float32)[0], 16)
+    assert decode_step.can_compute(model)
+    assert decode_step.can_compute(shared("Llama", torch.float32)[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert not decode_step.can_compute(model, 16)
-    model.lm_head = nn.Linear(48, 50, bias=True, dtype=torch.bfloat16)
-    assert not decode_step.can_compute(model, 16)
+        assert not decode_step.can_compute(model)
+    model.model.layers[0].self_attn.q_proj = model.model.layers[0].self_attn.q_proj.base
+    assert not decode_step.can_compute(model)
