@@ -46,10 +46,10 @@ def main(recipe: PPORecipe) -> Version:
             clock = [time.perf_counter()]
             chosen, episodes = collect(session.engine, session.prompts.train, recipe, session.spread, state.step)
             clock.append(time.perf_counter())
-            share = len(episodes) // settings.minibatches
+            share, keep_graph = len(episodes) // settings.minibatches, session.updater.continues_scoring(state.step)
             with session.spread.computing():
                 minibatches = [
-                    session.scorer.score(episodes[at : at + share], chosen[at : at + share])
+                    session.scorer.score(episodes[at : at + share], chosen[at : at + share], keep_graph=keep_graph)
                     for at in range(0, len(episodes), share)
                 ]
             set_scores(minibatches, recipe, session.spread, state.raw_scale, state.scale)

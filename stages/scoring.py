@@ -20,7 +20,7 @@ from reward.sources import Sample, Source, checked_members, open_sources
 from stages.engines.agreement import check_engine, importance_weights
 from stages.micro_batch import MicroBatch, group_by_length, make_micro_batch
 from stages.references import References
-from stages.roles import REFERENCE, Roles
+from stages.roles import REFERENCE, Forward, Roles
 from stages.rollout import Episode
 from stages.shaping import shaping_of
 
@@ -49,6 +49,7 @@ class Scored:
     total: torch.Tensor  # (B,): the weighted sum of what shaping makes of them
     engine: torch.Tensor  # the engine's log-probabilities; the trainer's where the engine gives none
     weights: torch.Tensor | None = None  # importance weights, for an engine with other numerics
+    forward: Forward | None = None  # with its graph, for the update to begin with; values only of `critic: shared`
     scores: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B,): what is optimised
     advantages: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B, S)
     returns: torch.Tensor = field(default_factory=lambda: torch.zeros(0))  # (B, S)
@@ -240,31 +241,42 @@ class Scorer:
         return found
 
     @torch.no_grad()
-    def score(self, episodes: Sequence[Episode], rows: Sequence[PromptRow]) -> list[Scored]:
-        """One minibatch's episodes of this rank, scored."""
+    def score(
+        self, episodes: Sequence[Episode], rows: Sequence[PromptRow], *, keep_graph: bool = False
+    ) -> list[Scored]:
+        """One minibatch's episodes of this rank, scored.
+
+        With `keep_graph` the first micro-batch, which the update begins with, keeps its forward pass: the old policy is
+        the new one until the first step. It is computed last, so that no more than one graph lives at a time.
+        """
         labels = list(self.weights)
         judged = self.judge(episodes, rows, labels)
-        found = []
-        for batch in self.groups(episodes):
-            old = self.roles(batch)
+        batches, late = self.groups(episodes), int(keep_graph)
+        found: list[Scored] = []
+        for batch in batches[late:] + batches[:late]:
             reference = self.roles.logprobs(REFERENCE, batch).logprobs
             rewards = self.rewards_of(batch, rows, judged, labels)
             total = sum((self.weights[label] * rewards.shaped[label] for label in labels), torch.zeros(()))
-            engine = engine_logprobs(episodes, batch, old.logprobs)
+            kept = keep_graph and batch is batches[0]
+            forward = self._forward(batch, graph=kept)
+            logprobs, entropies, values = (tensor.detach() for tensor in forward)
+            engine = engine_logprobs(episodes, batch, logprobs)
             scored = Scored(
                 batch=batch,
-                old_logprobs=old.logprobs,
-                entropies=old.entropies,
+                old_logprobs=logprobs,
+                entropies=entropies,
                 reference=reference,
-                old_values=old.values,
+                old_values=values,
                 rewards=rewards.raw,
                 details=rewards.details,
-                total=total.to(old.logprobs),
+                total=total.to(logprobs),
                 engine=engine,
+                forward=forward if kept else None,
             )
             if self.recipe.rollout.importance_cap is not None:
-                scored.weights = importance_weights(old.logprobs, engine, self.recipe.rollout.importance_cap)
+                scored.weights = importance_weights(logprobs, engine, self.recipe.rollout.importance_cap)
             found.append(scored)
+        found = found[-1:] + found[:-1] if late else found
 
         def check() -> None:
             for scored in found:
@@ -272,6 +284,16 @@ class Scorer:
 
         self.spread.together(check)  # after the forward passes, which all ranks make together
         return found
+
+    def _forward(self, batch: MicroBatch, *, graph: bool) -> Forward:
+        """Policy and values as the update computes them; a critic with passes of its own gets no graph."""
+        slopes = graph and self.recipe.ppo.entropy_coefficient > 0
+        if self.recipe.ppo.critic == "shared":
+            with torch.set_grad_enabled(graph):
+                return self.roles(batch, entropy_gradient=slopes)  # type: ignore[no-any-return]
+        with torch.set_grad_enabled(graph):
+            policy = self.roles.policy(batch, entropy_gradient=slopes)
+        return Forward(*policy, self.roles.values(batch))
 
     def check_agreement(self, batches: Sequence[Scored], gap_nats: float) -> None:
         """Stop where the engine samples from another policy than the one that is trained.

@@ -32,6 +32,15 @@ class Updater:
         self.optimizer = spread.adopt(roles, make_optimizer(roles, recipe))
         self.device = spread.device
 
+    def continues_scoring(self, step: int) -> bool:
+        """Whether the step may begin with a forward pass that scoring made: its first minibatch is all episodes.
+
+        Not where another graph comes first (PPO-ptx), nor where weights or gradients are spread over processes.
+        """
+        if self.spread.sharded or self.spread.steps_itself or self.ptx:
+            return False
+        return self.recipe.ppo.minibatches == 1 and step >= self.recipe.ppo.critic_warmup_steps
+
     def update(
         self, minibatches: Sequence[Sequence[Scored]], step: int, kl_coefficient: float, deviation: float
     ) -> dict[str, float]:
@@ -84,8 +93,9 @@ class Updater:
         for at, scored in enumerate(minibatch):
             self.spread.accumulate(at == len(minibatch) - 1)
             batch = scored.batch
+            known, scored.forward = scored.forward, None  # good for one backward pass
             if joint:
-                forward = self.roles(batch, entropy_gradient=self.recipe.ppo.entropy_coefficient > 0)
+                forward = known or self.roles(batch, entropy_gradient=self.recipe.ppo.entropy_coefficient > 0)
                 policy, figures = self.policy_part(scored, forward.logprobs, forward.entropies, kl_coefficient)
                 value, others = self.value_part(scored, forward.values, deviation)
                 self.spread.backward(policy / tokens + value / states)
@@ -93,9 +103,9 @@ class Updater:
             else:
                 # one graph after the other: half the activations live at a time
                 if not warming:
-                    logprobs, entropies = self.roles.policy(
-                        batch, entropy_gradient=self.recipe.ppo.entropy_coefficient > 0
-                    )
+                    slopes = self.recipe.ppo.entropy_coefficient > 0
+                    found = known or self.roles.policy(batch, entropy_gradient=slopes)
+                    logprobs, entropies = found[:2]
                     policy, figures = self.policy_part(scored, logprobs, entropies, kl_coefficient)
                     self.spread.backward(policy / tokens)
                     sums += figures
