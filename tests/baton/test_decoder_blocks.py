@@ -96,6 +96,48 @@ def test_as_the_layers_of_transformers(
         assert torch.equal(decoder_blocks.hidden_states(model.model, ROWS, "x"), ours)
 
 
+@pytest.mark.parametrize("spare", [0, 2, 6, 1000])
+@pytest.mark.parametrize("windows", [(512, 256), (4, 3)])
+def test_padding_left_out(spare: int, windows: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rows are put together, states and gradients are those of padded rows."""
+    model = joined("Llama")
+    padded = decoder_blocks.hidden_states(model.model, ROWS, "x")
+    expected = gradients(model, padded)
+    size = decoder_blocks._weights(model.model.layers[0])
+    assert size == 2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 80
+    monkeypatch.setattr(decoder_blocks, "SPLIT", spare * size)
+    monkeypatch.setattr(attention, "WHOLE", windows[0])
+    monkeypatch.setattr(attention, "BLOCK", windows[1])
+    found = decoder_blocks.hidden_states(model.model, ROWS, "x", LENGTHS)
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(found[row, :length], padded[row, :length], rtol=0, atol=1e-11)
+        assert spare or not found[row, length:].any()
+    for name, gradient in gradients(model, found).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-11)
+    with torch.no_grad():
+        assert torch.equal(decoder_blocks.hidden_states(model.model, ROWS, "x", LENGTHS), found)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "spare", "expected"),
+    [
+        ([7, 5, 3], 0, [(0, 1, 7), (1, 2, 5), (2, 3, 3)]),
+        ([7, 5, 3], 2, [(0, 2, 7), (2, 3, 3)]),
+        ([7, 5, 3], 5, [(0, 2, 7), (2, 3, 3)]),
+        ([7, 5, 3], 6, [(0, 3, 7)]),
+        ([4, 4, 4], 0, [(0, 3, 4)]),
+        ([3, 5, 5], 1, [(0, 1, 3), (1, 3, 5)]),  # rows need not come by length
+        ([9], 0, [(0, 1, 9)]),
+    ],
+)
+def test_rows_of_like_length_are_a_block(lengths: list[int], spare: int, expected: list[tuple[int, int, int]]) -> None:
+    found = decoder_blocks._blocks(lengths, spare)
+    assert [(block.rows.start, block.rows.stop, block.length) for block in found] == expected
+    places = [block.tokens for block in found]
+    assert [place.start for place in places] == [0, *(place.stop for place in places[:-1])]
+    assert places[-1].stop == sum((stop - start) * length for start, stop, length in expected)
+
+
 SCALED_POSITIONS: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 4.0},
     {"rope_type": "dynamic", "factor": 4.0},

@@ -212,7 +212,9 @@ class Trial:
     raw_scale: Any
     scale: Any
 
-    def score(self, episodes: Sequence[Any], rows: Sequence[Any] | None = None) -> list[list[Any]]:
+    def score(
+        self, episodes: Sequence[Any], rows: Sequence[Any] | None = None, keep_graph: bool = False
+    ) -> list[list[Any]]:
         """Minibatches of scored micro-batches with their advantages."""
         from stages.ppo import set_advantages, set_scores
         from stages.prompts import PromptRow
@@ -221,7 +223,8 @@ class Trial:
         share = len(episodes) // settings.minibatches
         rows = rows or [PromptRow([{"role": "user", "content": "?"}], e.prompt, {}) for e in episodes]
         minibatches = [
-            self.scorer.score(episodes[at : at + share], rows[at : at + share]) for at in range(0, len(episodes), share)
+            self.scorer.score(episodes[at : at + share], rows[at : at + share], keep_graph=keep_graph)
+            for at in range(0, len(episodes), share)
         ]
         set_scores(minibatches, self.recipe, self.scorer.spread, self.raw_scale, self.scale)
         set_advantages(minibatches, self.recipe, self.scorer.spread, settings.kl_coefficient)

@@ -353,6 +353,72 @@ def test_what_an_update_does_not_depend_on(
         check("blank micro-batches", updated(16), 5)
 
 
+@pytest.mark.parametrize("critic", ["adapter", "shared", "separate"])
+@pytest.mark.parametrize("budget", [16, 10_000])
+def test_a_forward_pass_of_scoring_is_as_good_as_one_of_the_update(
+    make_roles: Callable[..., Roles],
+    make_recipe: Callable[..., PPORecipe],
+    make_trial: Callable[..., Any],
+    episodes: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    critic: str,
+    budget: int,
+) -> None:
+    """The same bits, by one pass of the policy with a graph less."""
+    recipe = make_recipe(
+        EVERYTHING | {"critic": critic, "minibatches": 1}, {"tokens_per_micro_batch": budget}, reward=REWARDS
+    )
+    first = make_roles(critic=critic)
+    first.join()
+    passes: list[bool] = []
+    plain = Roles._at_responses
+
+    def counted(*given: Any, **more: Any) -> Any:
+        passes.append(torch.is_grad_enabled())
+        return plain(*given, **more)
+
+    monkeypatch.setattr(Roles, "_at_responses", counted)
+
+    def updated(keep_graph: bool) -> tuple[Any, ...]:
+        roles = make_roles(critic=critic)
+        roles.load_state_dict(first.state_dict())
+        roles.join()
+        trial = make_trial(roles, recipe)
+        passes.clear()
+        minibatches = trial.score(episodes, keep_graph=keep_graph)
+        order = [scored.batch.members for scored in minibatches[0]]
+        kept = [scored.forward is not None for scored in minibatches[0]]
+        assert kept == [keep_graph] + [False] * (len(order) - 1)
+        assert not any(
+            scored.old_logprobs.requires_grad or scored.old_values.requires_grad for scored in minibatches[0]
+        )
+        figures = trial.update(minibatches)
+        assert not any(scored.forward for scored in minibatches[0]), "its graph is used up"
+        return figures, trial.parameters(), order, sum(passes), len(passes)
+
+    figures, parameters, order, with_graph, passed = updated(False)
+    again, found, same_order, with_graph_again, passed_again = updated(True)
+    assert with_graph_again == with_graph and passed_again == passed - 1
+    assert (again, same_order) == (figures, order)
+    assert all(torch.equal(found[name], parameter) for name, parameter in parameters.items())
+
+
+def test_which_updates_begin_with_a_pass_of_scoring(
+    make_roles: Callable[..., Roles], make_recipe: Callable[..., PPORecipe], make_trial: Callable[..., Any]
+) -> None:
+    roles = make_roles()
+    once = {"minibatches": 1}
+    assert make_trial(roles, make_recipe(once)).updater.continues_scoring(0)
+    assert not make_trial(roles, make_recipe()).updater.continues_scoring(0), "the second minibatch has other weights"
+    warming = make_trial(roles, make_recipe(once | {"critic_warmup_steps": 2})).updater
+    assert [warming.continues_scoring(step) for step in (1, 2)] == [False, True]
+    mixed = make_recipe(once | {"ptx_coefficient": 0.6}, data={"train": [{"path": "x"}], "ptx": [{"path": "y"}]})
+    assert not make_trial(roles, mixed, PTX).updater.continues_scoring(0)
+    trial = make_trial(roles, make_recipe(once))
+    trial.updater.spread.plugin, trial.updater.spread.world = object(), 2
+    assert not trial.updater.continues_scoring(0), "sharded"
+
+
 def test_bfloat16_within_bounds(
     role_folders: Any,
     make_roles: Callable[..., Roles],
