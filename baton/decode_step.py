@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn import functional
 
 from baton.decoder_blocks import is_joined
-from baton.lora import Family
 from baton.slot_cache import SlotCache
 from baton.thin_linear import Packed
 
@@ -58,19 +57,13 @@ def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
     return (hidden * inverse).to(hidden.dtype).mul_(norm.weight)
 
 
-def _product(family: Family, role: str | None, x: torch.Tensor) -> torch.Tensor:
-    """(B, out) of (B, in)."""
-    held, (weight, bias) = family.held.get(role), family.base()
-    return functional.linear(x, weight, bias) if held is None else held(x, bias)
-
-
 def _attention(
     layer: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: Any, mask: torch.Tensor
 ) -> torch.Tensor:
     attention, rows = layer.self_attn, len(hidden)
     role, size = attention.q_proj.role, attention.head_dim
     keys, half = attention.k_proj.size // size, size // 2
-    joined = _product(attention.q_proj.family, role, _normed(layer.input_layernorm, hidden)).view(rows, -1, size)
+    joined = attention.q_proj.family.compute(_normed(layer.input_layernorm, hidden), role).view(rows, -1, size)
     both, value = joined[:, :-keys], joined[:, -keys:]
     placed = both * cos
     placed[..., :half].addcmul_(both[..., half:], sin[..., :half], value=-1)
@@ -81,12 +74,12 @@ def _attention(
     known, values = (held[:rows].flatten(0, 1) for held in (cache.keys, cache.values))
     scores = torch.baddbmm(mask, query.reshape(rows * keys, -1, size), known.mT, alpha=attention.scaling)
     found = scores.softmax(-1).bmm(values)
-    return _product(attention.o_proj.family, role, found.view(rows, -1))
+    return attention.o_proj.family.compute(found.view(rows, -1), role)  # type: ignore[no-any-return]
 
 
 def _mlp(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     mlp = layer.mlp
     role = mlp.gate_proj.role
-    both = _product(mlp.gate_proj.family, role, _normed(layer.post_attention_layernorm, hidden))
+    both = mlp.gate_proj.family.compute(_normed(layer.post_attention_layernorm, hidden), role)
     gate, up = both.chunk(2, -1)
-    return _product(mlp.down_proj.family, role, functional.silu(gate).mul_(up))
+    return mlp.down_proj.family.compute(functional.silu(gate).mul_(up), role)  # type: ignore[no-any-return]

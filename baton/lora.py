@@ -81,9 +81,9 @@ class Family:
     def output(self, member: SharedLinear, x: torch.Tensor, role: str | None) -> torch.Tensor:
         """What `member` makes of `x`; its relatives' outputs are kept until they are asked for with the same `x`."""
         if len(self.members) == 1:
-            return self._compute(x, role)
+            return self.compute(x, role)
         if x is not self._given or role != self._role or id(member) not in self._ready:
-            parts = self._compute(x, role).split([m.size for m in self.members], dim=-1)
+            parts = self.compute(x, role).split([m.size for m in self.members], dim=-1)
             self._given, self._role = x, role
             self._ready = {id(relative): part for relative, part in zip(self.members, parts, strict=True)}
         found = self._ready.pop(id(member))
@@ -91,7 +91,8 @@ class Family:
             self._given = None
         return found
 
-    def _compute(self, x: torch.Tensor, role: str | None) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, role: str | None) -> torch.Tensor:
+        """(…, in) -> (…, out) of all members, one after the other, with what is held for the role where it is."""
         if role in self.held and not torch.is_grad_enabled():
             return self.held[role](x, self.base()[1])
         product, factors = self.product(role)

@@ -237,6 +237,7 @@ def estimate_memory(
     prefill_tokens: int,
     on_cpu: bool,
     joined: bool = False,
+    laid_out: int = 0,
     shards: int = 1,
     available: int | None = None,
 ) -> MemoryEstimate:
@@ -246,7 +247,8 @@ def estimate_memory(
     `rank`: LoRA's, None if every weight is trained. `micro_batch_tokens`: real tokens; rows are grouped by length, so
     padding adds little. `logits_rows`: positions whose logits exist at a time. `prefill_tokens`: prompt tokens that
     are read at a time in the rollout. `on_cpu`: whose allocator leaves its gaps. `joined`: whether layers can be
-    computed by baton.decoder_blocks. `shards`: processes that share weights and moments (FSDP, ZeRO-3).
+    computed by baton.decoder_blocks. `laid_out`: bytes of the weights' copy that decoding makes (`Roles.laid_out`).
+    `shards`: processes that share weights and moments (FSDP, ZeRO-3).
     """
     from baton.attention import SHORT
 
@@ -280,6 +282,7 @@ def estimate_memory(
             (f"keys and values of {rollout_rows} replies", keys_values),
             ("reading prompts", prefill),
             (f"logits of {rollout_rows} next tokens", rollout_rows * logits),
+            ("a copy of the weights, laid out for decoding", laid_out),
         ),
         available=available,
     )

@@ -183,6 +183,14 @@ class Roles(nn.Module):
             for family in held:
                 family.release(role)
 
+    @property
+    def laid_out(self) -> int:
+        """Bytes of the copy of the base's weights that `sampling` makes, additions aside."""
+        if not self._on_cpu or self.cast.policy == "full":
+            return 0
+        weights: list[Any] = [layer.base.weight for layer in self.shared.modules() if isinstance(layer, SharedLinear)]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
     def forward(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> Forward:
         """Policy and critic of one micro-batch; with `critic: shared` from one pass."""
         if self.cast.critic != "shared":

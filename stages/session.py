@@ -234,6 +234,7 @@ class Session:
             shards=self.spread.shards,
             on_cpu=self.spread.device.type == "cpu",
             joined=roles.shared.config.model_type in decoder_blocks.ARCHITECTURES,
+            laid_out=roles.laid_out if recipe.rollout.engine == "built-in" else 0,
             available=available_bytes(self.spread.device, self.spread.world),
         )
         return "\n".join([*lines, estimate.text()])

@@ -121,7 +121,7 @@ def estimated(**changes: Any) -> MemoryEstimate:
 
 
 def test_the_parts_by_hand() -> None:
-    found = estimated()
+    found = estimated(laid_out=77)
     assert dict(found.always) == {
         "weights, base": 2_000_000,
         "weights, policy": 120_000,
@@ -133,7 +133,7 @@ def test_the_parts_by_hand() -> None:
     layer = 64 * 4 * ((2 * 100 + 2) + 2 * 100 + (4 * 100 + 4 * 40) + 4 * 200 + 7 * 4)
     assert [size for _, size in found.update] == [120_000, 5 * layer, int(0.7 * 5 * layer), 16 * 1000 * 4 * 3]
     keys_values = 8 * 40 * 2 * 2 * 2 * 25 * 4  # rows, tokens, layers, both, kv heads, head_dim, bytes
-    assert [size for _, size in found.rollout] == [keys_values, 30 * (3 * 200 + 3 * 100) * 4, 8 * 1000 * 4 * 3]
+    assert [size for _, size in found.rollout] == [keys_values, 30 * (3 * 200 + 3 * 100) * 4, 8 * 1000 * 4 * 3, 77]
     assert found.total == sum(size for _, size in (*found.always, *found.update))
 
 

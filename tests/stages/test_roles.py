@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from baton.errors import UserError
+from baton.lora import families
 from baton.recipe import Lora
 from stages.micro_batch import MicroBatch, make_micro_batch
 from stages.roles import POLICY, REFERENCE, VALUE, Cast, Roles, check_head
@@ -421,3 +422,20 @@ def test_scores_of_the_published_reward_model(tiny_chain: Any) -> None:
         expected = [float(plain(input_ids=torch.tensor([prompt + reply])).logits) for prompt, reply in rows]
         torch.testing.assert_close(roles.scores("r", batch), torch.tensor([expected]), rtol=0, atol=1e-5)
     assert len({round(score, 4) for score in expected}) == 3, "the head should tell the rows apart"
+
+
+def test_what_sampling_copies(make_roles: Callable[..., Roles]) -> None:
+    """As many bytes as are held beside the weights, but for the additions' own."""
+    roles = make_roles()
+    roles.join()
+    own = roles.laid_out
+    assert own == sum(p.numel() * 8 for name, p in roles.shared.named_parameters() if ".base.weight" in name) > 0
+    with roles.sampling(POLICY):
+        copies = [family.held[POLICY].widened.shape for family in families(roles.shared)]
+        ranks = [sum(len(a.down) for a in family.additions(POLICY)[1]) for family in families(roles.shared)]
+    assert own == sum(8 * out * (size - rank) for (out, size), rank in zip(copies, ranks, strict=True))
+    assert not any(family.held for family in families(roles.shared))
+    full = make_roles(policy="full")
+    assert full.laid_out == 0
+    with full.sampling(POLICY):
+        assert not any(family.held for family in families(full.shared)), "the shared weights are not sampled from"
