@@ -33,7 +33,7 @@ class Step:
     def __init__(self, model: Any) -> None:
         self._decoder = getattr(model, model.base_model_prefix)
         head = model.get_output_embeddings()
-        self._head, self._bias = Packed(head.weight.detach()), head.bias
+        self._head, self._bias = Packed(head.weight), head.bias
 
     def __call__(self, tokens: torch.Tensor, depths: torch.Tensor, slots: SlotCache) -> torch.Tensor:
         """Logits (B, V) after reading `tokens` (B,), each at its row's position `depths` (B,)."""

@@ -40,8 +40,9 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.shape = weight.shape
-        self._packed = can_pack(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._packed, self._weight = can_pack(weight), weight.detach()
+        if self._packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight.contiguous())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x W^T + b, as functional.linear: x (…, in), bias (out,) -> (…, out)."""

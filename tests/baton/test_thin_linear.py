@@ -36,7 +36,7 @@ def test_bfloat16_products_from_the_weights_side(tiny_llama: Any) -> None:
 def test_a_packed_weight_gives_the_same_products(rows: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((*rows, 40), (48, 40), (48,)))
-    for part in (weight, weight[5:29]):  # a part of a joined matrix, too
+    for part in (weight, weight[5:29], weight.T.contiguous().T):  # a part of a joined matrix, or one kept transposed
         packed = Packed(part)
         weight_before = part.clone()
         for given in (None, bias[: len(part)]):
