@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_those_of_peft(case: str, role_folders: Any, tmp_
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    """In float64, but for the norms, whose gradients both round to float32."""
+    """In float64: in float32 the rounding of a rank-stabilised adapter depends on the machine."""
     tuned = make(role_folders.base, CASES[case])
     randomised(tuned)
     tuned.save(tmp_path)
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_those_of_peft(case: str, role_folders: Any, tmp_
     expected.backward()
     found = tuned.token_sums(IDS, None, PLACES, TOKENS)
     found.nats.backward()
-    torch.testing.assert_close(found.nats, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.nats, expected, rtol=1e-12, atol=0)
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     assert len(wanted) == len(parameters) > 0
     for name, parameter in parameters.items():
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_peft(case: str, role_folders: Any, tmp_
         place = place.replace("additions.tuned.down", "lora_A.default.weight")
         place = place.replace("additions.tuned.up", "lora_B.default.weight")
         gradient = wanted[f"base_model.model.{place}"]
-        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=3e-7 * float(gradient.norm()))
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-12 * float(gradient.norm()))
     assert float(sum(grad.abs().sum() for grad in wanted.values())) > 1
 
 
